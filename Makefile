@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target makes what it needs: on a fresh Debian or Ubuntu machine the compiler and venv are installed by apt-get
+# (as root or through sudo), elsewhere a message says what to install.
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+DEMO_OUT ?= runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean tools
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+
+demo: tools $(VENV)/.run.stamp ## train a published int8 model on real images, in generated C
+	@if [ -z "$$TRAINLET_ASSETS" ]; then \
+		echo "make demo: no model and no images: pass the folder that holds models/mcunet-5fps.pkl and data/sign_digits," >&2; \
+		echo "           make demo TRAINLET_ASSETS=/path/to/assets" >&2; \
+		exit 2; \
+	fi
+	$(BIN)/trainlet train --model "$$TRAINLET_ASSETS/models/mcunet-5fps.pkl" --data "$$TRAINLET_ASSETS/data/sign_digits" \
+		--scheme 99kb --epochs 2 --limit 500 --seed 0 --out $(DEMO_OUT)
+
+test: tools $(VENV)/.dev.stamp ## all tests; PYTEST_ARGS="-k exact" narrows them
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev.stamp ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean: ## remove what the targets above made, but no run
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# A C compiler is a run-time need: training runs the generated C.
+tools:
+	@bash .ci/need
+
+$(VENV)/bin/python: | tools
+	python3 -m venv $(VENV)
+
+$(VENV)/.run.stamp: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[data]'
+	@touch $@
+
+$(VENV)/.dev.stamp: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[data,dev]'
+	@touch $@ $(VENV)/.run.stamp

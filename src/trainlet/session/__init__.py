@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One interface for everything that runs a compiled model: the host library, an emulated chip, a board."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Image = NDArray[np.int8]
+
+
+@dataclass(frozen=True, slots=True)
+class StepInfo:
+    """What one training step reports: the loss and the prediction *before* its update, and the share of rounded
+    gradient elements that met the clamp."""
+
+    loss: float
+    prediction: int
+    saturated: float
+
+
+class Session(Protocol):
+    """Runs one compiled model. Images are int8 (H, W, C), q = pixel - 128 for the published checkpoints.
+
+    A session with a frozen prefix can hand out what the prefix computed (``prefix``), so that an epoch over the same
+    images need not compute it again; the bytes are the same."""
+
+    arena_bytes: int
+    state_bytes: int
+    classes: int
+    model_hash: str
+
+    def reset(self, seed: int) -> None:
+        """Factory weights, a random head from ``seed``, step 0."""
+
+    def infer(self, image: Image) -> NDArray[np.float32]:
+        """Logits."""
+
+    def train_step(self, image: Image, label: int, lr: float) -> StepInfo:
+        """One step of SGD at batch 1. Raises UsageError (label, lr) or MismatchError (not finite); nothing has changed
+        then."""
+
+    def prefix(self, image: Image) -> bytes:
+        """What the frozen prefix leaves in the arena for ``image``; empty bytes where there is no frozen prefix."""
+
+    def infer_cached(self, prefix: bytes) -> NDArray[np.float32]:
+        """``infer`` from a stored prefix."""
+
+    def train_step_cached(self, prefix: bytes, label: int, lr: float) -> StepInfo:
+        """``train_step`` from a stored prefix."""
+
+    def state(self) -> dict[str, NDArray[np.generic]]:
+        """The trained state as named arrays (see docs/layout.md): conv.21.weight (int32, the full form F = w 2^L + l),
+        conv.21.channels, conv.21.bias, head.weight, head.bias, rho, seed, step."""
+
+    def load_state(self, state: Mapping[str, NDArray[np.generic]]) -> None:
+        """Restores what ``state`` gave; UsageError where names, shapes or types are of another model or scheme."""

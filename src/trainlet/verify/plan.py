@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The check of a memory plan. It shares no code with the planner: it works out the lifetimes anew and compares every
+pair of buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from trainlet.ir import Graph, Kind, Value
+from trainlet.verify.errors import check, fail, node_label
+
+ALIGNMENT = 4
+
+
+class Plan(Protocol):
+    """What ``verify_plan`` needs to see of a memory plan; figures are bytes, offsets count from the arena's start."""
+
+    @property
+    def offsets(self) -> Mapping[str, int]:
+        """Where each value of the arena begins."""
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes reserved for it."""
+
+    @property
+    def scratch_offsets(self) -> Mapping[str, int]:
+        """Where the scratch of a node begins; nodes without scratch are left out."""
+
+    @property
+    def scratch_sizes(self) -> Mapping[str, int]:
+        """Bytes reserved for it."""
+
+    @property
+    def arena_bytes(self) -> int:
+        """Size of the arena."""
+
+    @property
+    def lower_bound(self) -> int:
+        """No plan for this schedule can be smaller."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    label: str
+    begin: int
+    end: int
+    need: int  # bytes that it cannot do without; the plan may reserve a few more
+    first: int  # index of the node before which it exists; -1: from the start
+    last: int  # index of the last node during which it exists
+
+
+def verify_plan(graph: Graph, plan: Plan) -> None:
+    """Checks that no two buffers that live at the same time share a byte, and that all lie inside the arena.
+
+    In the arena are the activations, the image (inputs of rank 3) and each node's scratch. A value lives from the node
+    that makes it to its last reader, the image from before the first node, outputs of the graph to the end.
+    Raises VerifyError that names both buffers and a node at which both exist."""
+    blocks = [*_value_blocks(graph, plan), *_scratch_blocks(graph, plan)]
+    for b in blocks:
+        check(b.begin % ALIGNMENT == 0, b.label, f"its offset is a multiple of {ALIGNMENT}, not {b.begin}")
+        inside = b.begin >= 0 and b.end <= plan.arena_bytes
+        check(inside, b.label, f"bytes {b.begin}..{b.end} lie inside the arena of {plan.arena_bytes} bytes")
+    _check_overlaps(graph, blocks)
+    peak = _peak(graph, blocks)
+    check(
+        plan.lower_bound <= plan.arena_bytes,
+        graph,
+        f"the arena, {plan.arena_bytes} bytes, is at least its lower bound, {plan.lower_bound} bytes",
+    )
+    check(
+        plan.lower_bound >= peak,
+        graph,
+        f"the lower bound is at least the {peak} bytes that live at once, not {plan.lower_bound}",
+    )
+
+
+def _arena_values(graph: Graph) -> tuple[Value, ...]:
+    """The values that lie in the arena: activations and images. Label and lr are arguments."""
+    return tuple(
+        v for v in graph.values.values() if v.kind is Kind.ACTIVATION or (v.kind is Kind.INPUT and len(v.shape) == 3)
+    )
+
+
+def _value_blocks(graph: Graph, plan: Plan) -> list[_Block]:
+    first = {name: i for i, node in enumerate(graph.nodes) for name in node.outputs}
+    last = {name: i for i, node in enumerate(graph.nodes) for name in (*node.inputs, *node.outputs)}
+    last |= {name: len(graph.nodes) for name in graph.outputs}
+    values = _arena_values(graph)
+    known = {v.name for v in values}
+    for name in (*plan.offsets, *plan.sizes):
+        check(name in known, f"value {name!r}", "the plan places only what lies in the arena")
+    blocks = []
+    for v in values:
+        check(v.name in plan.offsets and v.name in plan.sizes, v, "has a place in the plan")
+        size = plan.sizes[v.name]
+        check(size >= v.nbytes, v, f"has room for its {v.nbytes} bytes, not {size}")
+        begin = plan.offsets[v.name]
+        blocks.append(
+            _Block(f"value {v.name!r}", begin, begin + size, v.nbytes, first.get(v.name, -1), last.get(v.name, -1))
+        )
+    return blocks
+
+
+def _scratch_blocks(graph: Graph, plan: Plan) -> list[_Block]:
+    index = {node.name: i for i, node in enumerate(graph.nodes)}
+    blocks = []
+    for name in {**plan.scratch_offsets, **plan.scratch_sizes}:
+        label = f"scratch of node {name!r}"
+        check(name in index, label, "belongs to a node of the graph")
+        check(name in plan.scratch_offsets and name in plan.scratch_sizes, label, "has an offset and a size")
+        begin, size = plan.scratch_offsets[name], plan.scratch_sizes[name]
+        check(size >= 0, label, f"its size is not negative, as {size} is")
+        blocks.append(_Block(label, begin, begin + size, size, index[name], index[name]))
+    return blocks
+
+
+def _check_overlaps(graph: Graph, blocks: Sequence[_Block]) -> None:
+    for i, a in enumerate(blocks):
+        for b in blocks[:i]:
+            at = max(a.first, b.first)
+            shared = min(a.end, b.end) - max(a.begin, b.begin)
+            if at <= min(a.last, b.last) and shared > 0:
+                where = node_label(graph.nodes[at]) if 0 <= at < len(graph.nodes) else "the start"
+                raise fail(f"{a.label} and {b.label}", f"both exist at {where} and share {shared} bytes of the arena")
+
+
+def _peak(graph: Graph, blocks: Sequence[_Block]) -> int:
+    times = range(-1, len(graph.nodes) + 1)
+    return max(sum(b.need for b in blocks if b.first <= t <= b.last) for t in times)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share: where outside assets are, and that nothing skips unseen where they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+ASSETS = os.environ.get("TRAINLET_ASSETS", "")
+
+# The same examples in every run, so that a run without a change gives what the last one gave; machines differ in speed.
+settings.register_profile("trainlet", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("trainlet")
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder of published checkpoints, image folders and test vectors; skips where TRAINLET_ASSETS is not set."""
+    if not ASSETS:
+        pytest.skip("TRAINLET_ASSETS is not set: it names the folder with models/, data/ and vectors/")
+    path = Path(ASSETS)
+    assert path.is_dir(), f"TRAINLET_ASSETS={ASSETS} is no folder"
+    return path
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With the assets there, a skip is a failure; a test marked ``hardware`` may skip all the same."""
+    report = yield
+    if ASSETS and report.skipped and not hasattr(report, "wasxfail") and not item.get_closest_marker("hardware"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} skipped although TRAINLET_ASSETS is set: {_reason(report)}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """The same for a whole module that skips itself while it is collected."""
+    report = yield
+    if ASSETS and report.skipped:
+        report.outcome = "failed"
+        report.longrepr = f"{collector.nodeid} skipped although TRAINLET_ASSETS is set: {_reason(report)}"
+    return report
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    return str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
