@@ -8,32 +8,26 @@ biases have float32 masters of which the forward pass sees the nearest integer.
 
 Nothing of trainlet's arithmetic is imported: only the graph (``trainlet.frontends``), the scheme and its channels.
 
-``python bench/float_baseline.py --check`` compares the forward pass with the published test vectors (TRAINLET_ASSETS)
-and every gradient with PyTorch's own autograd through a float64 network.
+``bench/check_baseline.py`` compares it with test vectors and with PyTorch's own autograd.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import os
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
-from trainlet.frontends import feature_pool, load, trunk
+from trainlet.frontends import feature_pool, trunk
 from trainlet.ir import Graph, Node, QParams
 from trainlet.ops import Add, Conv2d
-from trainlet.scheme import UpdateScheme, resolve, selected_channels
+from trainlet.scheme import UpdateScheme, selected_channels
 
 EXACT = 1 << 24  # integers up to here are exact in float32, in any order of summation
 Values = dict[str, Tensor]
@@ -71,13 +65,14 @@ class Rescale:
         return (high + self.half + ((high >> 63) & self.tie)) >> self.down
 
 
-def mix(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
+def mix(x: NDArray[Any]) -> NDArray[Any]:
     """The hash of section 2."""
     x = x ^ (x >> np.uint32(16))
     x = x * np.uint32(0x7FEB352D)
     x = x ^ (x >> np.uint32(15))
     x = x * np.uint32(0x846CA68B)
-    return x ^ (x >> np.uint32(16))
+    out: NDArray[Any] = x ^ (x >> np.uint32(16))
+    return out
 
 
 def random_head(seed: int, classes: int, features: int) -> Tensor:
@@ -94,12 +89,14 @@ def random_head(seed: int, classes: int, features: int) -> Tensor:
 # *real* value s (q - z). So scales appear in backward functions only, and padding is 0.
 
 
-def _pad(x: Tensor, pads: tuple[int, int, int, int]) -> Tensor:
+def pad(x: Tensor, pads: tuple[int, int, int, int]) -> Tensor:
+    """``pads`` is (top, bottom, left, right)."""
     top, bottom, left, right = pads
-    return F.pad(x, (left, right, top, bottom)) if any(pads) else x
+    return functional.pad(x, (left, right, top, bottom)) if any(pads) else x
 
 
-def _q(graph: Graph, value: str) -> QParams:
+def qparams(graph: Graph, value: str) -> QParams:
+    """Scale and zero point; ValueError where a value has none."""
     q = graph.values[value].q
     if q is None:
         raise ValueError(f"{value} has no scale")
@@ -113,7 +110,7 @@ def _convolve(x: Tensor, w: Tensor, a: Conv2d) -> Tensor:
     # dense kernels go through float64 as well: a Winograd kernel would not be exact
     if not exact or (a.kernel != (1, 1) and not a.depthwise):
         x, w = x.double(), w.double()
-    return F.conv2d(_pad(x, a.pads), w, None, a.stride, 0, a.dilation, a.groups).long()
+    return functional.conv2d(pad(x, a.pads), w, None, a.stride, 0, a.dilation, a.groups).long()
 
 
 class _ConvStep(torch.autograd.Function):
@@ -140,7 +137,7 @@ class _ConvStep(torch.autograd.Function):
             g = g * mask
         wants = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
         top, bottom, left, right = a.pads
-        padded = _pad(x, a.pads)
+        padded = pad(x, a.pads)
         dx, dw, db = torch.ops.aten.convolution_backward(
             g, padded * layer.x.scale, w * layer.scale.view(-1, 1, 1, 1), [w.shape[0]], a.stride, (0, 0), a.dilation,
             False, (0, 0), a.groups, wants,
@@ -186,6 +183,18 @@ class _PoolStep(torch.autograd.Function):
         return (grads[0] / n).expand(ctx.shape), None
 
 
+class _RealStep(torch.autograd.Function):
+    """q - z -> real value; a gradient already is with respect to the real value."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        return x * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None
+
+
 @dataclass(eq=False)
 class ConvLayer:
     """A convolution: constants, and what trains. ``weight`` (O, I/g, kh, kw) and ``bias`` (O,) hold integers; masters
@@ -212,7 +221,7 @@ class ConvLayer:
 
     def run(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, O, Ho, Wo)."""
-        y = _ConvStep.apply(x, self.weight, self.bias, self)
+        y = _ConvStep.apply(x, self.weight, self.bias, self)  # type: ignore[no-untyped-call]
         assert isinstance(y, Tensor)
         return y
 
@@ -266,7 +275,7 @@ class AddLayer:
 
     def run(self, a: Tensor, b: Tensor) -> Tensor:
         """a + b."""
-        y = _AddStep.apply(a, b, self)
+        y = _AddStep.apply(a, b, self)  # type: ignore[no-untyped-call]
         assert isinstance(y, Tensor)
         return y
 
@@ -279,7 +288,7 @@ class PoolLayer:
 
     def run(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, 1, 1)."""
-        y = _PoolStep.apply(x, self.zero)
+        y = _PoolStep.apply(x, self.zero)  # type: ignore[no-untyped-call]
         assert isinstance(y, Tensor)
         return y
 
@@ -287,7 +296,7 @@ class PoolLayer:
 def _conv_layer(graph: Graph, node: Node) -> ConvLayer:
     a = node.attrs
     assert isinstance(a, Conv2d)
-    x, y = _q(graph, node.inputs[0]), _q(graph, node.outputs[0])
+    x, y = qparams(graph, node.inputs[0]), qparams(graph, node.outputs[0])
     w, b, s = (graph.data[k] for k in node.inputs[1:4])
     pairs = [quantize_multiplier(x.scale * float(v) / y.scale) for v in s]
     weight = torch.from_numpy(np.ascontiguousarray(w.transpose(0, 3, 1, 2)).astype(np.float32))
@@ -301,11 +310,13 @@ def _add_layer(graph: Graph, node: Node) -> AddLayer:
     attrs = node.attrs
     assert isinstance(attrs, Add)
     assert attrs.clamp is not None
-    a, b = (_q(graph, v) for v in node.inputs)
-    y = _q(graph, node.outputs[0])
+    a, b = (qparams(graph, v) for v in node.inputs)
+    y = qparams(graph, node.outputs[0])
     twice = 2 * max(a.scale, b.scale)
     return AddLayer(
-        *(Rescale([quantize_multiplier(d)]) for d in (a.scale / twice, b.scale / twice, twice / (2.0**20 * y.scale))),
+        Rescale([quantize_multiplier(a.scale / twice)]),
+        Rescale([quantize_multiplier(b.scale / twice)]),
+        Rescale([quantize_multiplier(twice / (2.0**20 * y.scale))]),
         y,
         (int(attrs.clamp[0]), int(attrs.clamp[1])),
         attrs.activation,
@@ -315,10 +326,15 @@ def _add_layer(graph: Graph, node: Node) -> AddLayer:
 def _pool_layer(graph: Graph, node: Node) -> PoolLayer:
     if node is not feature_pool(graph):
         raise ValueError(f"{node.name}: the baseline knows global average pools at the end only")
-    return PoolLayer(_q(graph, node.inputs[0]).zero)
+    return PoolLayer(qparams(graph, node.inputs[0]).zero)
 
 
-_LAYERS = {"conv2d": _conv_layer, "add": _add_layer, "avg_pool": _pool_layer}
+Layer = ConvLayer | AddLayer | PoolLayer
+_LAYERS: Mapping[str, Callable[[Graph, Node], Layer]] = {
+    "conv2d": _conv_layer,
+    "add": _add_layer,
+    "avg_pool": _pool_layer,
+}
 _DATA_INPUTS = {"conv2d": 1, "add": 2, "avg_pool": 1}
 
 
@@ -348,11 +364,11 @@ class FloatTrainer:
                 self._train(graph, n, scheme)
         self.head_nodes, self.tail_nodes = self.nodes[:first], self.nodes[first:]
         made = {v for n in self.head_nodes for v in n.outputs} | set(graph.inputs)
-        self.cut = sorted({v for n in self.tail_nodes for v in self._data(n)} & made)
+        self.cut = sorted({v for n in self.tail_nodes for v in self.data_inputs(n)} & made)
         self.features = feature_pool(graph).outputs[0]
-        q = _q(graph, self.features)
+        q = qparams(graph, self.features)
         self.feature_scale = float(np.float32(q.scale))
-        self.input, self.input_zero = graph.inputs[0], _q(graph, graph.inputs[0]).zero
+        self.input, self.input_zero = graph.inputs[0], qparams(graph, graph.inputs[0]).zero
         self.head = random_head(seed, classes, graph.values[self.features].size).requires_grad_(True)
         self.head_bias = torch.zeros(classes, requires_grad=True)
 
@@ -366,12 +382,15 @@ class FloatTrainer:
             layer.train_weights(selected_channels(weight, scheme.weights[n.layer], layer.attrs.depthwise, n.layer))
 
     @staticmethod
-    def _data(n: Node) -> tuple[str, ...]:
+    def data_inputs(n: Node) -> tuple[str, ...]:
+        """The inputs of a node that are activations."""
         return n.inputs[: _DATA_INPUTS[n.op]]
 
-    def _run(self, nodes: tuple[Node, ...], values: Values) -> Values:
+    def run(self, nodes: tuple[Node, ...], values: Values) -> Values:
+        """Runs ``nodes`` in order and adds what they make to ``values``."""
         for n in nodes:
-            values[n.outputs[0]] = self.layers[n.name].run(*(values[v] for v in self._data(n)))
+            run: Callable[..., Tensor] = self.layers[n.name].run
+            values[n.outputs[0]] = run(*(values[v] for v in self.data_inputs(n)))
         return values
 
     @torch.no_grad()
@@ -380,30 +399,30 @@ class FloatTrainer:
         parts: dict[str, list[Tensor]] = {v: [] for v in self.cut}
         for i in range(0, len(images), batch):
             x = torch.from_numpy(np.ascontiguousarray(images[i : i + batch].transpose(0, 3, 1, 2)))
-            values = self._run(self.head_nodes, {self.input: x.float() - self.input_zero})
+            values = self.run(self.head_nodes, {self.input: x.float() - self.input_zero})
             for v in self.cut:
                 parts[v].append(values[v].to(torch.int16))
         return {v: torch.cat(p) for v, p in parts.items()}
 
-    def _logits(self, cached: Values) -> Tensor:
-        values = self._run(self.tail_nodes, {v: t.float() for v, t in cached.items()})
+    def logits(self, cached: Values) -> Tensor:
+        """(N, classes), differentiable, from cached prefixes."""
+        values = self.run(self.tail_nodes, {v: t.float() for v, t in cached.items()})
         f = values[self.features].flatten(1)
-        # gradients of f are with respect to its real value, so the scale is applied to a detached copy
-        real = f * self.feature_scale if not f.requires_grad else _Scale.apply(f, self.feature_scale)
-        return F.linear(real, self.head, self.head_bias)
+        real = _RealStep.apply(f, self.feature_scale)  # type: ignore[no-untyped-call]
+        return functional.linear(real, self.head, self.head_bias)
 
     @torch.no_grad()
     def infer(self, cached: Values, batch: int = 128) -> NDArray[np.float32]:
         """Logits (N, classes) of cached prefixes."""
         n = len(next(iter(cached.values())))
-        out = [self._logits({v: t[i : i + batch] for v, t in cached.items()}) for i in range(0, n, batch)]
+        out = [self.logits({v: t[i : i + batch] for v, t in cached.items()}) for i in range(0, n, batch)]
         return torch.cat(out).numpy()
 
     def train_step(self, cached: Values, index: int, label: int, lr: float) -> Step:
         """One step of SGD on image ``index`` of the cached prefixes."""
-        logits = self._logits({v: t[index : index + 1] for v, t in cached.items()})
-        loss = F.cross_entropy(logits, torch.tensor([label]))
-        loss.backward()
+        logits = self.logits({v: t[index : index + 1] for v, t in cached.items()})
+        loss = functional.cross_entropy(logits, torch.tensor([label]))
+        loss.backward()  # type: ignore[no-untyped-call]
         for layer in self.convs:
             layer.update(lr)
         with torch.no_grad():
@@ -413,137 +432,3 @@ class FloatTrainer:
                 p.grad = None
         z = logits.detach()[0]
         return Step(float(loss.detach()), int(z.argmax()), z.numpy())
-
-
-class _Scale(torch.autograd.Function):
-    """q - z -> real value; a gradient already is with respect to the real value."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        return x * scale
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0], None
-
-
-# --- self-check ------------------------------------------------------------------------------------------------
-
-
-def _vector_image(t: int, shape: tuple[int, ...]) -> NDArray[np.int8]:
-    h, w, c = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
-    return ((7 * h + 13 * w + 29 * c + 31 * t + (h * w * t) // 64) % 256 - 128).astype(np.int8)
-
-
-def check_vectors(assets: Path) -> list[Mapping[str, object]]:
-    """Runs the published 20-step cases. Step 0 must agree: the int8 features exactly, the loss to float32 precision.
-    After that the engine rounds its gradients and this baseline does not; the updates' cosine says how alike they are."""
-    rows = []
-    for case in json.loads((assets / "vectors" / "nets.json").read_text()):
-        graph = load(assets / "models" / f"{case['model']}.pkl")
-        scheme = resolve(case["scheme"], graph)
-        trainer = FloatTrainer(graph, scheme, case["classes"], case["seed"])
-        want = np.load(assets / "vectors" / case["file"], allow_pickle=False)
-        images = np.stack([_vector_image(t, graph.values[graph.inputs[0]].shape) for t in range(case["steps"])])
-        cached = trainer.prefix(images)
-        with torch.no_grad():
-            values = trainer._run(trainer.tail_nodes, {v: t[:1].float() for v, t in cached.items()})
-        features = values[trainer.features].flatten().numpy() + _q(graph, trainer.features).zero
-        lr = float(np.float32(0.1 / 256))
-        start = time.perf_counter()
-        steps = [trainer.train_step(cached, t, t % 10, lr) for t in range(case["steps"])]
-        seconds = time.perf_counter() - start
-        mine, theirs = [], []
-        for i, layer in enumerate(trainer.convs):
-            if layer.bias_master is None or f"b{i}" not in want:
-                continue
-            assert layer.bias_start is not None
-            # in units of the engine's own real bias, so that no layer drowns the others
-            unit = (layer.scale * layer.x.scale).numpy()
-            mine.append(unit * layer.bias_master.numpy())
-            theirs.append(unit * (want[f"b{i}"] - layer.bias_start.numpy()))
-        a, b = np.concatenate(mine), np.concatenate(theirs)
-        rows.append(
-            {
-                "case": case["file"],
-                "features0_equal": bool(np.array_equal(features, want["features0"].reshape(-1))),
-                "loss0_error": abs(steps[0].loss - float(want["loss"][0])),
-                "loss_max_error": float(np.abs(np.array([s.loss for s in steps]) - want["loss"]).max()),
-                "bias_update_cosine": float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)),
-                "head_update_error": float(np.abs(trainer.head.detach().numpy() - want["head_w"]).max()),
-                "steps_per_second": case["steps"] / seconds,
-            }
-        )
-    return rows
-
-
-def check_gradients(assets: Path) -> list[Mapping[str, object]]:
-    """Gradients of one image against a float64 network whose layers are plain PyTorch, with the stored activations put
-    in place of its own (straight through). Relative error per trained tensor; the largest one is reported."""
-    rows = []
-    for model, name in (("mcunet-5fps", "99kb"), ("mbv2-w0.35", "138kb"), ("proxyless-w0.3", "148kb")):
-        graph = load(assets / "models" / f"{model}.pkl")
-        trainer = FloatTrainer(graph, resolve(name, graph), 10, 17)
-        cached = trainer.prefix(_vector_image(3, graph.values[graph.inputs[0]].shape)[None])
-        F.cross_entropy(trainer._logits(cached), torch.tensor([3])).backward()
-        want = _plain_gradients(graph, trainer, cached, 3)
-        errors = {}
-        for key, g in want.items():
-            layer, kind = key.rsplit(".", 1)
-            conv = trainer.layers[layer]
-            assert isinstance(conv, ConvLayer)
-            mine = conv.weight.grad if kind == "weight" else conv.bias.grad
-            assert mine is not None
-            errors[key] = float((mine.double() - g).norm() / g.norm())
-        worst = max(errors, key=lambda k: errors[k])
-        rows.append({"model": model, "scheme": name, "tensors": len(errors), "worst": worst, "error": errors[worst]})
-    return rows
-
-
-def _plain_gradients(graph: Graph, trainer: FloatTrainer, cached: Values, label: int) -> Values:
-    """d loss / d real weight and bias of each trained convolution, by autograd alone."""
-    with torch.no_grad():
-        ints = trainer._run(trainer.tail_nodes, {v: t[:1].float() for v, t in cached.items()})
-    real = {v: ints[v].double() * _q(graph, v).scale for v in trainer.cut}
-    leaves: Values = {}
-    for n in trainer.tail_nodes:
-        out = n.outputs[0]
-        layer = trainer.layers[n.name]
-        ins = [real[v] for v in trainer._data(n)]
-        if isinstance(layer, ConvLayer):
-            scale = layer.scale.double()
-            w = (layer.weight.detach().double() * scale.view(-1, 1, 1, 1)).requires_grad_(layer.weight.requires_grad)
-            b = (layer.bias.detach() * scale * layer.x.scale).requires_grad_(layer.bias.requires_grad)
-            leaves |= {f"{n.name}.{k}": t for k, t in (("weight", w), ("bias", b)) if t.requires_grad}
-            a = layer.attrs
-            y = F.conv2d(_pad(ins[0], a.pads), w, b, a.stride, 0, a.dilation, a.groups)
-            if a.activation:
-                q = ints[out] + layer.y.zero
-                y = torch.where((q > layer.clamp[0]) & (q < layer.clamp[1]), y, y.detach())
-        else:
-            y = ins[0] + ins[1] if n.op == "add" else ins[0].mean((2, 3), keepdim=True)
-        real[out] = ints[out].double() * _q(graph, out).scale + (y - y.detach())
-    logits = F.linear(real[trainer.features].flatten(1), trainer.head.double(), trainer.head_bias.double())
-    F.cross_entropy(logits, torch.tensor([label])).backward()
-    return {k: t.grad for k, t in leaves.items() if t.grad is not None}
-
-
-def main() -> None:
-    """Runs the self-check; exit code 1 where it fails."""
-    parser = argparse.ArgumentParser(description="An independent float32 training baseline; this is its self-check.")
-    parser.add_argument("--check", action="store_true", required=True, help="compare with test vectors and autograd")
-    parser.parse_args()
-    assets = os.environ.get("TRAINLET_ASSETS")
-    if not assets:
-        raise SystemExit("TRAINLET_ASSETS is not set; it names the folder with models/ and vectors/")
-    torch.set_num_threads(1)
-    forward, gradients = check_vectors(Path(assets)), check_gradients(Path(assets))
-    for row in (*forward, *gradients):
-        print(json.dumps(row))
-    bad = [r["case"] for r in forward if not r["features0_equal"] or float(str(r["loss0_error"])) > 1e-5]
-    bad += [r["model"] for r in gradients if float(str(r["error"])) > 1e-4]
-    raise SystemExit(f"differs: {bad}" if bad else 0)
-
-
-if __name__ == "__main__":
-    main()

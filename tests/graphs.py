@@ -19,6 +19,7 @@ from trainlet.ops import (
     AvgPoolDx,
     CheckLr,
     Conv2d,
+    Conv2dDb,
     Conv2dDw,
     Mask,
     SelectChannels,
@@ -162,9 +163,9 @@ def train_tail() -> Graph:
     emit("dense_sgd", "head.sgd", "g pool.y lr", Attrs(), writes="head.weight head.bias")
     emit("conv2d_dw", "conv.0.dw", "r.masked x.kept", Conv2dDw(attrs, 2), Value("dw", (5, 1, 1, 2), "s32", exponent=0))
     sgd = SgdWeight(stream=1, fraction_bits=4, x_scale=1 / 64, pixels=4, conv=attrs)
-    emit("sgd_weight", "conv.0.sgd", "dw lr", sgd, writes="conv.0.trained conv.0.fraction")
-    emit("conv2d_db", "conv.0.db", "r.masked", Attrs(), Value("db", (5,), "s32", exponent=0))
-    emit("sgd_bias", "conv.0.sgd_bias", "db lr", SgdBias(2, 1 / 64, 4, attrs), writes="conv.0.bias")
+    emit("sgd_weight", "conv.0.sgd", "dw lr conv.0.scale conv.0.channels", sgd, writes="conv.0.trained conv.0.fraction")
+    emit("conv2d_db", "conv.0.db", "r.masked", Conv2dDb(4), Value("db", (5,), "s32", exponent=0))
+    emit("sgd_bias", "conv.0.sgd_bias", "db lr conv.0.scale", SgdBias(2, 1 / 64, 4, attrs), writes="conv.0.bias")
     return g.build(Stage.TRAIN, ["logits", "loss.y"])
 
 

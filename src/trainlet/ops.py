@@ -133,6 +133,13 @@ class Conv2dDw(Attrs):
 
 
 @dataclass(frozen=True, slots=True)
+class Conv2dDb(Attrs):
+    """Bias gradient; ``pixels`` is the size of the layer's output, of which one vector may stand for all."""
+
+    pixels: int
+
+
+@dataclass(frozen=True, slots=True)
 class SgdWeight(Attrs):
     """``x_scale`` is the scale of the layer's input, ``pixels`` the size of its output, ``fraction_bits`` 0, 4 or 8."""
 
@@ -466,7 +473,7 @@ OPS: dict[str, Op] = {
     "round_grad": Op(RoundGrad, _rule_round_grad, _macs_none, _STEP),
     "conv2d_dx": Op(Conv2dDx, _rule_conv2d_dx, _macs_dx, _UNFUSED),
     "conv2d_dw": Op(Conv2dDw, _rule_conv2d_dw, _macs_dw, _UNFUSED),
-    "conv2d_db": Op(Attrs, _rule_conv2d_db, _macs_none, _UNFUSED),
+    "conv2d_db": Op(Conv2dDb, _rule_conv2d_db, _macs_none, _UNFUSED),
     "sgd_weight": Op(SgdWeight, _rule_sgd_weight, _macs_none, _UNFUSED),
     "sgd_bias": Op(SgdBias, _rule_sgd_bias, _macs_none, _UNFUSED),
     # fused by passes/fuse.py

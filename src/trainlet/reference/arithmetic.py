@@ -118,7 +118,7 @@ def headroom(bound: int) -> int:
 
 
 def scaled(acc: ArrayLike, v: ArrayLike, bound: int) -> tuple[Int, Int]:
-    """(h, x) with acc v = h 2^x; |acc| <= bound, v >= 0 finite, per tensor or per channel of the last axis."""
+    """(h, x) with acc v = h 2^x; |acc| <= bound; v >= 0 is finite and broadcasts to acc."""
     p = headroom(bound)
     mult, e = _mantissa(np.asarray(v, np.float64))
     return smmulr(_int(acc) << p, mult), e - p + 1
@@ -154,4 +154,4 @@ def logf(z: ArrayLike) -> NDArray[np.float32]:
     p = np.full_like(s, _F(0.22222222))
     for c in _LOG:
         p = p * t + c
-    return e.astype(_F) * _F(0.69314718) + s * p
+    return np.asarray(e.astype(_F) * _F(0.69314718) + s * p, _F)

@@ -15,6 +15,7 @@ from trainlet.ir import Node
 from trainlet.ops import (
     AvgPoolDx,
     Conv2d,
+    Conv2dDb,
     Conv2dDw,
     Conv2dDx,
     FusedDx,
@@ -44,7 +45,7 @@ def ref_avg_pool_dx(run: Run, node: Node, ins: Sequence[Tensor]) -> tuple[Tensor
     a = node.attrs
     assert isinstance(a, AvgPoolDx)
     real = run.rounding.real
-    v = ins[0] * real(1.0 / (a.in_hw[0] * a.in_hw[1]))
+    v = ins[0] * real.type(1.0 / (a.in_hw[0] * a.in_hw[1]))
     need_finite(node, "the gradient of the features", v)
     entry = run.rounding.enter(run.rounding.flush(v, -100), run.key(a.stream))
     run.anchor, run.zero_gradient = entry.anchor, entry.zero
@@ -81,19 +82,13 @@ def _dx(
 ) -> Tensor:
     """The sums of an input gradient, sum W t."""
     whole = merged_weight(a.conv, weight, partial)
-    levels = factor_levels(a.conv, whole.shape[0], layer)
     r = np.broadcast_to(g, (*conv_out_hw(a.conv, *a.in_hw), whole.shape[0]))
-    if w_scale is not None and not a.conv.depthwise:
+    if w_scale is None:
+        return conv_dx_sum(r, whole, a.conv, a.in_hw, 0)
+    levels = factor_levels(a.conv, whole.shape[0], layer)
+    if not a.conv.depthwise:
         r = r * run.rounding.channel_factors(w_scale, levels)
     return conv_dx_sum(r, whole, a.conv, a.in_hw, 127 * levels)
-
-
-def _scale(conv: Conv2d, w_scale: Tensor | None, levels: int) -> Tensor:
-    """v of those sums."""
-    if w_scale is None:
-        return np.ones(1)
-    s = w_scale.astype(np.float64)
-    return s if conv.depthwise else s.max(keepdims=True) / levels
 
 
 def _round(
@@ -121,13 +116,19 @@ def _present(sums: Sums | None, mask: Tensor | None, further: Sequence[tuple[Ten
     return made + ([] if mask is None else [mask]) + [r for r, _ in further]
 
 
-def _sums(conv: Conv2d, node: Node, acc: Tensor, w_scale: Tensor | None, channels: int, e: int) -> Sums:
-    out_c = channels if w_scale is None else w_scale.size
-    levels = factor_levels(conv, out_c, node.layer)
-    return Sums(acc, _scale(conv, w_scale, levels), 127 * 127 * levels * fan_out(conv, out_c), e)
+def _sums(conv: Conv2d, node: Node, acc: Tensor, w_scale: Tensor | None, e: int) -> Sums:
+    """The sums with their real unit v and their worst case."""
+    if w_scale is None:
+        return Sums(acc, np.ones(1), 0, e)
+    s = w_scale.astype(np.float64)
+    levels = factor_levels(conv, s.size, node.layer)
+    v = s if conv.depthwise else s.max(keepdims=True) / levels
+    return Sums(acc, v, 127 * 127 * levels * fan_out(conv, s.size), e)
 
 
-def _rest(run: Run, a: RoundGrad, node: Node, ins: Sequence[Tensor], at: int) -> tuple[Tensor | None, list[tuple[Tensor, int]]]:
+def _rest(
+    run: Run, a: RoundGrad, node: Node, ins: Sequence[Tensor], at: int
+) -> tuple[Tensor | None, list[tuple[Tensor, int]]]:
     """What follows the sums: the mask source and the further gradients with their exponents."""
     mask = None if a.mask == "none" else ins[at]
     at += mask is not None
@@ -154,7 +155,7 @@ def ref_round_grad(run: Run, node: Node, ins: Sequence[Tensor]) -> tuple[Tensor,
     scales = 0 if run.is_real(node.inputs[0]) else 1
     mask, further = _rest(run, a, node, ins, 1 + scales)
     w_scale = ins[1] if scales else None
-    sums = _sums(a.conv, node, ins[0], w_scale, 1, run.exponent(node.inputs[0]))
+    sums = _sums(a.conv, node, ins[0], w_scale, run.exponent(node.inputs[0]))
     return (_round(run, a, node, sums, mask, further),)
 
 
@@ -168,7 +169,7 @@ def ref_conv2d_dx_round(run: Run, node: Node, ins: Sequence[Tensor]) -> tuple[Te
     partial = ins[at : at + 2] if _is_table(run, node, at + 1) else ()
     acc = _dx(run, a.dx, node.layer, ins[0], ins[1], w_scale, partial)
     mask, further = _rest(run, a.round, node, ins, at + len(partial))
-    sums = _sums(a.dx.conv, node, acc, w_scale, ins[1].shape[0], run.exponent(node.inputs[0]))
+    sums = _sums(a.dx.conv, node, acc, w_scale, run.exponent(node.inputs[0]))
     return (_round(run, a.round, node, sums, mask, further),)
 
 
@@ -185,9 +186,10 @@ def weight_sums(run: Run, a: Conv2dDw, x_name: str, g: Tensor, x: Tensor, channe
     return conv_dw_sum(r[..., channels] if a.conv.depthwise else r, x, run.q(x_name).zero, a.conv)
 
 
-def bias_sums(g: Tensor) -> Tensor:
-    """Sum of r over pixels."""
-    return np.asarray(g.sum(axis=(0, 1), dtype=np.float64 if g.dtype.kind == "f" else np.int64))
+def bias_sums(g: Tensor, pixels: int) -> Tensor:
+    """Sum of r over ``pixels`` pixels, of which one vector may stand for all."""
+    repeat = pixels // (g.shape[0] * g.shape[1])
+    return np.asarray(repeat * g.sum(axis=(0, 1), dtype=np.float64 if g.dtype.kind == "f" else np.int64))
 
 
 def _update_of(run: Run, node: Node) -> Node:
@@ -208,4 +210,5 @@ def ref_conv2d_dw(run: Run, node: Node, ins: Sequence[Tensor]) -> tuple[Tensor, 
 
 def ref_conv2d_db(run: Run, node: Node, ins: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """g -> sums of the bias gradient."""
-    return (bias_sums(ins[0]),)
+    assert isinstance(node.attrs, Conv2dDb)
+    return (bias_sums(ins[0], node.attrs.pixels),)

@@ -70,7 +70,8 @@ def ref_avg_pool(run: Run, node: Node, ins: Sequence[Tensor]) -> tuple[Tensor, .
 def features(run: Run, name: str, x: Tensor, size: int) -> Tensor:
     """f: the head's input in real units, (N, size)."""
     real, q = run.rounding.real, run.q(name)
-    return (x.reshape(-1, size) - np.asarray(q.zero, np.int64)).astype(real) * real(q.scale)
+    whole = x.reshape(-1, size) - np.asarray(q.zero, np.int64)
+    return np.asarray(whole.astype(real) * real.type(q.scale))
 
 
 def ref_dense(run: Run, node: Node, ins: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -104,7 +105,7 @@ def ref_check_lr(run: Run, node: Node, ins: Sequence[Tensor]) -> tuple[Tensor, .
     lr = ins[0][0]
     if not np.isfinite(lr) or lr < 0:
         raise UsageError(f"learning rate {lr}: it is a finite number of at least 0; give one such as 0.0004")
-    if not np.isfinite(lr * run.rounding.real(node.attrs.largest)):
+    if not np.isfinite(lr * run.rounding.real.type(node.attrs.largest)):
         raise UsageError(
             f"learning rate {lr}: times {node.attrs.largest:g}, a layer's largest factor, it is not finite; "
             "give a smaller one"
@@ -116,11 +117,11 @@ def ref_softmax_xent(run: Run, node: Node, ins: Sequence[Tensor]) -> tuple[Tenso
     """(logits, label) -> (loss (1,), g), or UsageError (label) or MismatchError (logits)."""
     logits, label = ins[0], int(ins[1][0])
     if not 0 <= label < logits.size:
-        raise UsageError(f"label {label}: the model has {logits.size} classes; give a label from 0 to {logits.size - 1}")
+        raise UsageError(f"label {label}: the model has {logits.size} classes; give one from 0 to {logits.size - 1}")
     need_finite(node, "a logit", logits)
     shifted = logits - logits.max()
     e = run.rounding.exp(shifted)
-    z = run.rounding.real(0)
+    z = run.rounding.real.type(0)
     for k in range(e.size):
         z = z + e[k]
     p = run.rounding.flush(e / z, -60)

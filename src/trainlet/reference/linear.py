@@ -8,23 +8,27 @@ then they are int64 again. Reals are summed in float64. Activations are (..., H,
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, Final
 
 import numpy as np
 
 from trainlet.ops import Conv2d, conv_out_hw
 from trainlet.reference.arithmetic import Tensor
 
+F32: Final[np.dtype[Any]] = np.dtype(np.float32)
+F64: Final[np.dtype[Any]] = np.dtype(np.float64)
+
 Tap = tuple[int, int, slice, slice]  # row and column of the kernel, and the pixels of the padded input that it meets
 
 
-def carrier(bound: float, *arrays: Tensor) -> type[np.float32] | type[np.float64]:
+def carrier(bound: float, *arrays: Tensor) -> np.dtype[Any]:
     """The floating type in which sums of the arrays' products, of magnitude up to ``bound``, are exact integers;
     float64 for reals. ValueError where there is none."""
     if any(np.issubdtype(a.dtype, np.floating) for a in arrays):
-        return np.float64
+        return F64
     if bound >= 2**53:
         raise ValueError(f"sums of up to {bound:g} are not exact in float64")
-    return np.float32 if bound < 2**24 else np.float64
+    return F32 if bound < 2**24 else F64
 
 
 def _restore(acc: Tensor, *arrays: Tensor) -> Tensor:
@@ -73,7 +77,7 @@ def conv_sum(x: Tensor, zero: int, w: Tensor, conv: Conv2d) -> Tensor:
     bound = 255.0 * float(np.abs(w.astype(np.float64)).reshape(w.shape[0], -1).sum(axis=1).max())
     kind = carrier(bound, x, w)
     out_hw = conv_out_hw(conv, *x.shape[-3:-1])
-    padded, wk = pad(x.astype(kind) - kind(zero), conv.pads), w.astype(kind)
+    padded, wk = pad(x.astype(kind) - kind.type(zero), conv.pads), w.astype(kind)
     acc = np.zeros((*x.shape[:-3], *out_hw, w.shape[0]), kind)
     for i, j, rows, cols in taps(conv, out_hw):
         window = padded[..., rows, cols, :]
@@ -105,7 +109,7 @@ def conv_dw_sum(r: Tensor, x: Tensor, zero: int, conv: Conv2d) -> Tensor:
     (C_out, kh, kw, kept). Depthwise, r too has the kept channels only, and the sums are (kept, kh, kw, 1)."""
     out_hw, out_c = r.shape[:2], r.shape[2]
     kind = carrier(127.0 * 255 * out_hw[0] * out_hw[1], r, x)
-    padded, rk = pad(x.astype(kind) - kind(zero), conv.pads), r.astype(kind)
+    padded, rk = pad(x.astype(kind) - kind.type(zero), conv.pads), r.astype(kind)
     kept = 1 if conv.depthwise else x.shape[2] // conv.groups
     dw = np.zeros((out_c, *conv.kernel, kept), kind)
     for i, j, rows, cols in taps(conv, (out_hw[0], out_hw[1])):

@@ -27,13 +27,14 @@ from trainlet.reference.arithmetic import (
     sround,
     word,
 )
+from trainlet.reference.linear import F32, F64
 
 LIMIT: Final = 1 << 30  # of a gradient's sum before it is rounded
 
 
 @dataclass(frozen=True)
 class Sums:
-    """A convolution's sums of a gradient: real value = acc v 2^e. ``v`` is one number or one per channel."""
+    """A convolution's sums of a gradient: real value = acc v 2^e, |acc| <= bound; ``v`` broadcasts to acc."""
 
     acc: Tensor
     v: Tensor
@@ -78,7 +79,7 @@ Clamp = tuple[float, float] | None
 class Rounding(Protocol):
     """One arithmetic. ``real`` is the type of the head, the loss and lr."""
 
-    real: type[np.float32] | type[np.float64]
+    real: np.dtype[Any]
 
     def load(self, data: Tensor, dtype: str) -> Tensor:
         """An input, constant or state of that dtype as the arithmetic works on it."""
@@ -151,7 +152,7 @@ def _clip_gradient(q: Int) -> tuple[Tensor, int]:
 class Exact:
     """Integers and single precision, as docs/arithmetic.md says."""
 
-    real: type[np.float32] | type[np.float64] = np.float32
+    real = F32
 
     def load(self, data: Tensor, dtype: str) -> Tensor:
         return data
@@ -182,7 +183,7 @@ class Exact:
 
     def channel_factors(self, w_scale: Tensor, levels: int) -> Tensor:
         s = w_scale.astype(np.float64)
-        return np.floor(levels * s / s.max() + 0.5).astype(np.int64)
+        return np.floor(levels * s / float(s.max()) + 0.5).astype(np.int64)
 
     def enter(self, v: Tensor, site: int) -> Entry:
         largest = float(np.abs(v).max())
@@ -217,7 +218,7 @@ class Exact:
         return min(max(top + e_x - site.anchor, site.rho - 1, -60), 60)
 
     def rate(self, lr: Tensor, factor: Tensor) -> Tensor:
-        return lr.astype(np.float32) * factor.astype(np.float32)
+        return np.asarray(lr * factor.astype(np.float32), np.float32)
 
     def delta(self, sums: Sums, bits: int, site: int, index: Tensor) -> Tensor:
         h, x = scaled(sums.acc, sums.v, sums.bound)
@@ -246,7 +247,7 @@ def _clamped(y: Tensor, clamp: Clamp) -> Tensor:
 class Unrounded:
     """float64 with the identity in the place of every rounding; all exponents are 0 and rho rests."""
 
-    real: type[np.float32] | type[np.float64] = np.float64
+    real = F64
 
     def load(self, data: Tensor, dtype: str) -> Tensor:
         return data if dtype in _KEEPS_ITS_TYPE else data.astype(np.float64)

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 
 from trainlet.errors import MismatchError
-from trainlet.ir import Graph, Node, QParams
+from trainlet.ir import Graph, Node, QParams, Value
 from trainlet.ops import MaskFrom, SelectChannels
 from trainlet.reference.arithmetic import Tensor, key
 from trainlet.reference.rounding import Rounding
@@ -53,6 +53,13 @@ class Run:
         if maker is None or not isinstance(maker.attrs, SelectChannels):
             raise ValueError(f"{name!r} is s8 and has no scale and zero point")
         return self.q(maker.inputs[0])
+
+    def layer_weight(self, trained: str) -> Value:
+        """The full weight of the convolution whose trained channels are the state ``trained``."""
+        reader = next((n for n in self.graph.find("conv2d") if trained in n.inputs), None)
+        if reader is None:
+            raise ValueError(f"no convolution reads the trained weights {trained!r}")
+        return self.graph.values[reader.inputs[1]]
 
     def exponent(self, name: str) -> int:
         """The exponent of a gradient, or of sums made from one; 0 for reals."""

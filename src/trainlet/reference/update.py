@@ -10,7 +10,7 @@ import numpy as np
 
 from trainlet.ir import Node
 from trainlet.ops import Conv2d, FusedDb, FusedDw, SgdBias, SgdWeight
-from trainlet.reference.arithmetic import Tensor
+from trainlet.reference.arithmetic import Int, Tensor
 from trainlet.reference.backward import bias_sums, weight_sums
 from trainlet.reference.forward import features
 from trainlet.reference.rounding import Sums
@@ -30,40 +30,83 @@ def ref_dense_sgd(run: Run, node: Node, ins: Sequence[Tensor]) -> tuple[Tensor, 
     return ()
 
 
-def _live(conv: Conv2d, factor: Tensor) -> Tensor:
-    """The factors of the output channels, with 0 for those that take part in no update."""
+def _wide(a: Tensor) -> Tensor:
+    return a if a.dtype.kind == "f" else a.astype(np.int64)
+
+
+def _rate(run: Run, node: Node, conv: Conv2d, lr: Tensor, factor: Tensor) -> Tensor:
+    """v of every output channel: lr times its factor, 0 for a dead channel."""
     factor = factor.copy()
     factor[list(conv.dead)] = 0.0
-    return factor
-
-
-def _rate(run: Run, node: Node, lr: Tensor, conv: Conv2d, factor: Tensor) -> Tensor:
-    v = run.rounding.rate(lr, _live(conv, factor))
+    v = run.rounding.rate(lr, factor)
     need_finite(node, "the learning rate times a channel's factor", v)
     return v
 
 
-def _weight(run: Run, a: SgdWeight, node: Node, dw: Tensor, e: int, lr: Tensor, w_scale: Tensor | None, channels: Tensor) -> None:
-    """F = clamp(F - step): dw has the kept channels only, its words those of the full layout."""
-    name, *extra = node.writes
-    w, bits, conv = run.values[name], a.fraction_bits, a.conv
-    full = w * run.rounding.real(1) if w_scale is None else _full(run, w, extra, bits)
-    scales = np.ones(w.shape[0] if conv.depthwise else dw.shape[0]) if w_scale is None else w_scale.astype(np.float64)
-    v = _rate(run, node, lr, conv, a.x_scale / scales)
-    if conv.depthwise:
-        v, columns = (v if v.size == w.shape[0] else v[channels])[:, None, None, None], 1
-    else:
-        v, columns = v[:, None, None, None], _columns(run, node, channels)
-    taps = conv.kernel[0] * conv.kernel[1]
-    rows = channels if conv.depthwise else np.arange(w.shape[0])
-    row = rows.astype(np.int64)[:, None, None] * taps + np.arange(taps)[None, :, None]
-    last = np.zeros(1, np.int64) if conv.depthwise else channels.astype(np.int64)
-    index = (row * columns + last[None, None, :]).reshape(w.shape)
-    step = run.rounding.delta(Sums(dw, v, 127 * 255 * a.pixels, e), bits, run.key(a.stream), index)
+def full_index(shape: tuple[int, ...], channels: Tensor, depthwise: bool) -> Int:
+    """The positions of the kept channels' elements in the full weight of that shape."""
+    whole = np.arange(np.prod(shape)).reshape(shape)
+    return whole[channels] if depthwise else whole[..., channels]
+
+
+def _weight(run: Run, a: SgdWeight, node: Node, sums: tuple[Tensor, int], ins: Sequence[Tensor]) -> None:
+    """F = clamp(F - step). ``sums`` are dW and its exponent, ``ins`` are (lr[, w_scale], channels)."""
+    lr, *scales, channels = ins
+    shape = run.layer_weight(node.writes[0]).shape
+    s = scales[0].astype(np.float64) if scales else np.ones(shape[0])
+    rate = _rate(run, node, a.conv, lr, a.x_scale / s)
+    v = (rate[channels] if a.conv.depthwise else rate)[:, None, None, None]
+    index = full_index(shape, channels, a.conv.depthwise)
+    worst = 127 * 255 * a.pixels
+    step = run.rounding.delta(Sums(sums[0], v, worst, sums[1]), a.fraction_bits, run.key(a.stream), index)
+    w, *fraction = (_wide(run.values[name]) for name in node.writes)
+    full = w * (1 << a.fraction_bits) + (fraction[0] if fraction else 0)
     new = full - step
-    if w_scale is not None:
-        new = np.clip(new, -(127 << bits), 127 << bits)
-    new = np.where(v == 0, full, new)
-    parts = run.rounding.split(new, bits)
-    for target, part in zip(node.writes, parts, strict=False):
-        run.values[target] = part
+    if scales:
+        new = np.clip(new, -(127 << a.fraction_bits), 127 << a.fraction_bits)
+    parts = run.rounding.split(np.where(v == 0, full, new), a.fraction_bits)
+    run.values.update(zip(node.writes, parts, strict=False))
+
+
+def _bias(run: Run, a: SgdBias, node: Node, sums: tuple[Tensor, int], ins: Sequence[Tensor]) -> None:
+    """b = clamp(b - step). ``sums`` are db and its exponent, ``ins`` are (lr[, w_scale])."""
+    lr, *scales = ins
+    (name,) = node.writes
+    b = _wide(run.values[name])
+    s = scales[0].astype(np.float64) if scales else np.ones(b.size)
+    v = _rate(run, node, a.conv, lr, 1.0 / (s * a.x_scale))
+    step = run.rounding.delta(Sums(sums[0], v, 127 * a.pixels, sums[1]), 0, run.key(a.stream), np.arange(b.size))
+    new = b - step
+    if scales:
+        new = np.clip(new, -MAX_BIAS, MAX_BIAS)
+    run.values[name] = np.where(v == 0, b, new).astype(run.values[name].dtype)
+
+
+def ref_sgd_weight(run: Run, node: Node, ins: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """(dw, lr[, w_scale], channels); writes the trained channels and their fraction bits."""
+    assert isinstance(node.attrs, SgdWeight)
+    _weight(run, node.attrs, node, (ins[0], run.exponent(node.inputs[0])), ins[1:])
+    return ()
+
+
+def ref_sgd_bias(run: Run, node: Node, ins: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """(db, lr[, w_scale]); writes the bias."""
+    assert isinstance(node.attrs, SgdBias)
+    _bias(run, node.attrs, node, (ins[0], run.exponent(node.inputs[0])), ins[1:])
+    return ()
+
+
+def ref_conv2d_dw_sgd(run: Run, node: Node, ins: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """(g, kept channels of x, lr[, w_scale], channels); conv2d_dw, then sgd_weight."""
+    a = node.attrs
+    assert isinstance(a, FusedDw)
+    dw = weight_sums(run, a.dw, node.inputs[1], ins[0], ins[1], ins[-1])
+    _weight(run, a.sgd, node, (dw, run.exponent(node.inputs[0])), ins[2:])
+    return ()
+
+
+def ref_conv2d_db_sgd(run: Run, node: Node, ins: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """(g, lr[, w_scale]); conv2d_db, then sgd_bias."""
+    assert isinstance(node.attrs, FusedDb)
+    _bias(run, node.attrs.sgd, node, (bias_sums(ins[0], node.attrs.sgd.pixels), run.exponent(node.inputs[0])), ins[1:])
+    return ()

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands. What they need is imported when they run, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trainlet import __version__
+from trainlet.cli.output import Report, RichProgress, Table, grouped, size
+from trainlet.errors import UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    from trainlet.cli.prepare import Prepared
+    from trainlet.data import Dataset
+    from trainlet.session import Session
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Trains int8 neural networks on microcontrollers: compiles a training step to C, and runs that C here.",
+)
+
+_LR = 0.1 / 256  # that of trainlet.train, which is not imported for --help; a test compares them
+
+
+class StoppedError(Exception):
+    """Ctrl-C, kept from typer, which would swallow its text."""
+
+
+def _command(name: str) -> Callable[[Callable[..., Report]], Callable[..., Report]]:
+    """Registers a command."""
+
+    def register(body: Callable[..., Report]) -> Callable[..., Report]:
+        @functools.wraps(body)
+        def run(*args: Any, **kwargs: Any) -> Report:
+            try:
+                return body(*args, **kwargs)
+            except KeyboardInterrupt as e:
+                raise StoppedError(str(e)) from None
+
+        app.command(name)(run)
+        return run
+
+    return register
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"trainlet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+Model = Annotated[Path, typer.Option(help="Model file: a published checkpoint (.pkl) or an imported graph (.json).")]
+Scheme = Annotated[str, typer.Option(help="What trains: 99kb, head, bias:K, last:K, full, or a JSON file.")]
+Classes = Annotated[int, typer.Option(help="Number of classes of the new head.")]
+Bits = Annotated[int | None, typer.Option(help="Width of a trained weight: 8 (default), 12 or 16.")]
+Sram = Annotated[str | None, typer.Option(help="Refuse a plan above this, such as 256K: arena and state together.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
+Data = Annotated[Path, typer.Option(help="Folder with {train,val}/CLASS/*.jpg, or an .npz of arrays.")]
+Device = Annotated[str, typer.Option("--on", help="Where the C runs: host.")]
+
+
+# --- models -------------------------------------------------------------------------------------------------
+
+
+@_command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="Model file.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the graph: NAME.json and NAME.safetensors.")] = None,
+    json: Json = False,
+) -> Report:
+    """Read a model file and say what is in it."""
+    from trainlet import irfile
+    from trainlet.cli.prepare import load_model, prepare_out, summary
+
+    graph = load_model(file)
+    data = summary(graph)
+    lines = []
+    if out is not None:
+        path = prepare_out(out) / f"{graph.name}.json"
+        irfile.save(graph, path)
+        data["graph"] = str(path)
+        lines.append(f"wrote {path} and {path.with_suffix('.safetensors').name} beside it")
+    shown = {k: v for k, v in data.items() if k not in ("model", "graph", "input")}
+    rows = [("input", " x ".join(map(str, data["input"]))), *((_words(k), grouped(v)) for k, v in shown.items())]
+    return Report(data, [Table(data["model"], (), rows)], lines)
+
+
+@_command("plan")
+def plan(
+    model: Model,
+    scheme: Scheme,
+    classes: Classes,
+    bits: Bits = None,
+    sram: Sram = None,
+    json: Json = False,
+) -> Report:
+    """Say how much memory training takes."""
+    from trainlet.cli.prepare import check_sram
+
+    p = _prepare(model, scheme, classes, bits)
+    check_sram(p, sram)
+    largest = p.largest()
+    data = {**p.facts(), "classes": classes, "largest": largest}
+    rows = [(t["tensor"], t["layer"], grouped(t["bytes"])) for t in largest]
+    return Report(data, [_memory(p), Table("largest buffers at the peak", ("buffer", "layer", "bytes"), rows)])
+
+
+@_command("compile")
+def compile_(
+    model: Model,
+    scheme: Scheme,
+    classes: Classes,
+    out: Annotated[Path, typer.Option(help="Folder for the C; it is made if need be.")],
+    bits: Bits = None,
+    sram: Sram = None,
+    json: Json = False,
+) -> Report:
+    """Write the C of inference and training, ready to build."""
+    from trainlet.cli.prepare import check_sram, prepare_out
+    from trainlet.package import write_package
+
+    prepare_out(out)
+    p = _prepare(model, scheme, classes, bits)
+    check_sram(p, sram)
+    # without the folders, which must not change the bytes of what is written
+    words = ["trainlet", "compile", "--model", model.name, "--scheme", Path(scheme).name, "--classes", str(classes)]
+    write_package(p.compiled, out, shlex.join([*words, "--bits", str(p.scheme.bits)]))
+    data = {**p.facts(), "classes": classes, "out": str(out)}
+    return Report(data, [_memory(p)], [f"wrote {out}"])
+
+
+def _prepare(model: Path, scheme: str, classes: int, bits: int | None) -> Prepared:
+    from trainlet.cli.prepare import load_model, prepare, resolve_scheme
+
+    graph = load_model(model)
+    return prepare(graph, resolve_scheme(scheme, graph, bits), classes)
+
+
+def _memory(p: Prepared) -> Table:
+    facts = p.facts()
+    keys = ("arena_bytes", "lower_bound_bytes", "state_bytes", "extra_memory_bytes")
+    rows = [(_words(k.removesuffix("_bytes")), size(facts[k])) for k in keys]
+    rows.insert(3, ("arena and state", size(facts["arena_bytes"] + facts["state_bytes"])))
+    return Table(f"{p.model.name}, scheme {p.scheme.name}, {p.scheme.bits} bits", (), rows)
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ")
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+@_command("train")
+def train(
+    model: Model,
+    data: Data,
+    scheme: Scheme,
+    out: Annotated[Path, typer.Option(help="Folder for the trained state, the metrics and the checkpoint.")],
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 8,
+    lr: Annotated[float, typer.Option(help="Peak learning rate at batch 1, in float32 units.")] = _LR,
+    seed: Annotated[int, typer.Option(help="Of head, order, roundings and augmentation.")] = 0,
+    bits: Bits = None,
+    limit: Annotated[int | None, typer.Option(help="Images per epoch, balanced over the classes.")] = None,
+    resize: Annotated[str, typer.Option(help="crop (shorter side, then the center) or squeeze.")] = "crop",
+    augment: Annotated[str, typer.Option(help="crop, flip or crop,flip: drawn anew for each image and epoch.")] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard an unfinished run in --out.")] = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute the frozen prefix at every step.")] = False,
+    sram: Sram = None,
+    on: Device = "host",
+    json: Json = False,
+) -> Report:
+    """Train a model on labelled images, in generated C."""
+    from trainlet.cli.prepare import check_sram, load_model, prepare, prepare_out, resolve_scheme
+    from trainlet.data import Transform
+    from trainlet.statefile import StateMeta
+    from trainlet.train import Run, TrainConfig
+
+    words = tuple(w.strip() for w in augment.split(",") if w.strip())
+    config = TrainConfig(epochs, lr, seed, limit, words, cache=not no_cache)
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite: give one of them, the first goes on and the second begins again")
+    _check_device(on)
+    graph = load_model(model)
+    chosen = resolve_scheme(scheme, graph, bits)
+    dataset = _dataset(data, Transform(_shape(graph), resize, words))
+    prepare_out(out)
+    p = prepare(graph, chosen, len(dataset.classes))
+    check_sram(p, sram)
+    session = _session(p)
+    meta = StateMeta(graph.name, session.model_hash, chosen.to_json(), dataset.classes, chosen.bits, resize)
+    facts = {"extra_memory_bytes": p.extra_memory_bytes, "device": on}
+    run = Run(session, dataset, config, out, meta, facts=facts, progress=RichProgress())
+    result = run.start(resume=resume, overwrite=overwrite)
+    return Report(result, [_memory(p), _result_table(result)], [f"trained state: {result['state']}"])
+
+
+def _result_table(r: dict[str, Any]) -> Table:
+    rows = [
+        ("validation accuracy", f"{r['val_accuracy']:.4f}"),
+        ("best", f"{r['best_val_accuracy']:.4f} (epoch {r['best_epoch']})"),
+        ("training loss", f"{r['train_loss']:.4f}"),
+        ("saturated gradients", f"{r['saturated']:.3%}"),
+        ("images per second", f"{r['images_per_second']:.1f}"),
+        ("seconds", f"{r['seconds']:.1f}"),
+        ("prefix cache", size(r["cache_bytes"])),
+        ("state sha256", r["state_sha256"][:16]),
+    ]
+    return Table(f"{r['epochs']} epochs, {r['steps']} steps", (), rows)
+
+
+@_command("eval")
+def evaluate(
+    model: Model,
+    data: Data,
+    state: Annotated[Path | None, typer.Option(help="The trained state.safetensors of `trainlet train`.")] = None,
+    scheme: Annotated[str | None, typer.Option(help="Must name the scheme of the state, if it is given.")] = None,
+    resize: Annotated[str | None, typer.Option(help="crop or squeeze; as in training if not given.")] = None,
+    on: Device = "host",
+    json: Json = False,
+) -> Report:
+    """Measure a trained state on the validation images."""
+    import time
+
+    from trainlet import statefile
+    from trainlet.cli.prepare import load_model
+    from trainlet.data import Transform
+    from trainlet.train import evaluate as run
+
+    if state is None:
+        raise UnsupportedError(
+            "eval without --state: the classifier that comes with a model is not evaluated, only a trained head; "
+            "give the state.safetensors of a `trainlet train`"
+        )
+    _check_device(on)
+    stored = statefile.load(state)
+    graph = load_model(model)
+    p = _prepare_state(graph, state, stored, scheme)
+    dataset = _dataset(data, Transform(_shape(graph), resize or stored.meta.resize))
+    if dataset.classes != stored.meta.classes:
+        raise UsageError(
+            f"{data}: its classes {_few(dataset.classes)} are not those of {state}, {_few(stored.meta.classes)}; "
+            "evaluate on data with the same classes"
+        )
+    session = _session(p)
+    statefile.check_model(stored, session.model_hash, state)
+    try:
+        session.load_state(stored.arrays)
+    except UsageError as e:
+        raise UsageError(f"{state}: {e}") from None
+    began = time.perf_counter()
+    found = run(session, dataset.val, RichProgress())
+    seconds = time.perf_counter() - began
+    images = sum(found.images)
+    by_class = {c: found.correct[k] / found.images[k] for k, c in enumerate(dataset.classes) if found.images[k]}
+    result = {
+        **p.facts(),
+        "val_accuracy": found.accuracy,
+        "val_loss": found.loss,
+        "images": images,
+        "class_accuracy": by_class,
+        "images_per_second": round(images / seconds, 2),
+        "state": str(state),
+        "state_sha256": statefile.state_sha256(stored.arrays),
+    }
+    rows = [(c, f"{found.images[k]}", f"{by_class.get(c, 0):.4f}") for k, c in enumerate(dataset.classes)]
+    lines = [f"validation accuracy {found.accuracy:.4f}, loss {found.loss:.4f} over {images} images"]
+    return Report(result, [Table(f"{p.model.name}, {state}", ("class", "images", "accuracy"), rows)], lines)
+
+
+def _prepare_state(graph: Any, path: Path, stored: Any, scheme: str | None) -> Prepared:
+    """Compiles for the scheme that the state was trained with."""
+    from trainlet.cli.prepare import prepare, resolve_scheme
+    from trainlet.scheme import check_scheme, from_json
+
+    try:
+        mine = check_scheme(from_json(stored.meta.scheme), graph)
+    except UsageError as e:
+        raise UsageError(
+            f"{path}: trained from {stored.meta.model}, whose scheme does not fit {graph.name}: {e}"
+        ) from None
+    if scheme is not None and resolve_scheme(scheme, graph, mine.bits) != mine:
+        raise UsageError(f"--scheme {scheme}: {path} was trained with scheme {mine.name}; leave --scheme out")
+    return prepare(graph, mine, len(stored.meta.classes))
+
+
+def _check_device(on: str) -> None:
+    if on != "host":
+        raise UsageError(f"--on {on!r}: training runs on host; give --on host or leave it out")
+
+
+def _shape(graph: Any) -> tuple[int, int, int]:
+    h, w, c = graph.values[graph.inputs[0]].shape
+    return h, w, c
+
+
+def _dataset(path: Path, transform: Any) -> Dataset:
+    from trainlet.data import load_data
+
+    return load_data(path, transform)
+
+
+def _session(p: Prepared) -> Session:
+    from trainlet.session.host import HostSession
+
+    return HostSession(p.compiled)
+
+
+def _few(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

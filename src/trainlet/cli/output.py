@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command shows: a table for people or one JSON object, and progress on standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Row = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """``headers`` may be empty; columns from the second on are aligned to the right where ``numbers``."""
+
+    title: str
+    headers: Row
+    rows: Sequence[Row]
+    numbers: bool = True
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of a command: ``data`` is its JSON object, ``tables`` and ``lines`` are for people."""
+
+    data: Mapping[str, Any]
+    tables: Sequence[Table] = ()
+    lines: Sequence[str] = field(default=())
+
+    def show(self, as_json: bool) -> None:
+        """Prints to standard output."""
+        if as_json:
+            print(json.dumps(self.data, allow_nan=False))
+            return
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        for t in self.tables:
+            console.print(_rich_table(t))
+        for line in self.lines:
+            console.print(line, markup=False, soft_wrap=True)
+
+
+def _rich_table(t: Table) -> Any:
+    from rich.box import SIMPLE
+    from rich.markup import escape
+    from rich.table import Table as RichTable
+
+    table = RichTable(title=escape(t.title), title_justify="left", box=SIMPLE, show_header=bool(t.headers))
+    width = len(t.rows[0]) if t.rows else len(t.headers)
+    for i in range(width):
+        header = escape(t.headers[i]) if t.headers else ""
+        table.add_column(header, justify="right" if t.numbers and i else "left", overflow="fold")
+    for row in t.rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def grouped(n: int) -> str:
+    """1234567 as 1,234,567."""
+    return f"{n:,}"
+
+
+def size(n: int) -> str:
+    """Bytes, and KiB beside them."""
+    return f"{n:,} B ({n / 1024:.1f} KiB)"
+
+
+class RichProgress:
+    """Bars and lines on standard error; the bars only where that is a terminal."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True, highlight=False)
+
+    @contextlib.contextmanager
+    def bar(self, title: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
+        """A bar with the remaining time and the latest text; it disappears when it is done."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        if not self._console.is_terminal:
+            yield lambda text: None
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
+        with Progress(*columns, console=self._console, transient=True) as progress:
+            task = progress.add_task(title, total=total, completed=done, text="")
+            yield lambda text: progress.update(task, advance=1, text=text)
+
+    def line(self, text: str) -> None:
+        """One line that stays."""
+        self._console.print(text, markup=False, soft_wrap=True)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several commands do first: read the model, resolve the scheme, compile, compare with the memory limit."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from trainlet import frontends, irfile
+from trainlet.compiler import Compiled, compile_model
+from trainlet.errors import OverBudgetError, UsageError
+from trainlet.ir import Graph, Stage
+from trainlet.ops import Conv2d
+from trainlet.plan import largest_alive
+from trainlet.scheme import UpdateScheme, extra_memory_bytes, resolve
+
+_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A compiled model, with what it was compiled from."""
+
+    model: Graph
+    scheme: UpdateScheme
+    compiled: Compiled
+    extra_memory_bytes: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the image."""
+        h, w, c = self.model.values[self.model.inputs[0]].shape
+        return h, w, c
+
+    def facts(self) -> dict[str, Any]:
+        """What plan, compile and train report alike; bytes."""
+        return {
+            "model": self.model.name,
+            "scheme": self.scheme.name,
+            "bits": self.scheme.bits,
+            "model_hash": self.compiled.model_hash,
+            "arena_bytes": self.compiled.plan.arena_bytes,
+            "lower_bound_bytes": self.compiled.plan.lower_bound,
+            "state_bytes": self.compiled.state_bytes,
+            "extra_memory_bytes": self.extra_memory_bytes,
+        }
+
+    def largest(self, count: int = 5) -> list[dict[str, Any]]:
+        """The largest buffers that exist where the arena is fullest, with the layer that each comes from."""
+        graph = self.compiled.graph
+        layer = {o: n.layer for n in graph.nodes for o in n.outputs} | {
+            f"scratch of {n.name}": n.layer for n in graph.nodes
+        }
+        found = largest_alive(graph, self.compiled.plan, count)
+        return [{"tensor": name, "layer": layer.get(name, "input"), "bytes": nbytes} for name, nbytes in found]
+
+
+def load_model(path: Path) -> Graph:
+    """The INT8 graph of a model file, or of a graph that `trainlet import --out` wrote."""
+    graph = irfile.load(path) if path.suffix == ".json" else frontends.load(path)
+    if graph.stage is not Stage.INT8:
+        raise UsageError(
+            f"{path}: a graph of stage {graph.stage}; give one of stage int8, as `trainlet import` writes it"
+        )
+    return graph
+
+
+def prepare(model: Graph, scheme: UpdateScheme, classes: int) -> Prepared:
+    """Attaches the head and compiles."""
+    graph = frontends.attach_head(model, classes)
+    return Prepared(model, scheme, compile_model(graph, scheme), extra_memory_bytes(graph, scheme))
+
+
+def resolve_scheme(spec: str, model: Graph, bits: int | None) -> UpdateScheme:
+    """The scheme that a word or a file names for ``model``."""
+    return resolve(spec, model, bits)
+
+
+def parse_size(text: str) -> int:
+    """Bytes: a whole number with K, KB, KiB (1024 bytes), M, MB, MiB or nothing behind it."""
+    found = re.fullmatch(r"\s*([0-9]{1,12})\s*([KM]?)(?:I?B)?\s*", text.upper())
+    if not found or not int(found[1]):
+        raise UsageError(f"--sram {text!r}: give a size such as 320K, 1M or 262144")
+    return int(found[1]) * _UNITS[found[2]]
+
+
+def check_sram(p: Prepared, sram: str | None) -> None:
+    """OverBudgetError where arena and state together exceed ``sram``."""
+    if sram is None:
+        return
+    limit = parse_size(sram)
+    arena, state = p.compiled.plan.arena_bytes, p.compiled.state_bytes
+    if arena + state > limit:
+        largest = ", ".join(f"{t['tensor']} of {t['layer']} ({t['bytes']})" for t in p.largest(3))
+        raise OverBudgetError(
+            f"{p.model.name}, scheme {p.scheme.name}: arena {arena} + state {state} = {arena + state} bytes exceed the "
+            f"{limit} bytes of --sram by {arena + state - limit}; largest at the peak: {largest}. Choose a scheme that "
+            "updates less, fewer --bits, or more memory"
+        )
+
+
+def prepare_out(out: Path) -> Path:
+    """Makes the folder and tries to write there, before any long work. UsageError where that fails."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            return out
+    except OSError as e:
+        raise UsageError(f"--out {out}: cannot be written ({e.strerror}); give a folder that can") from None
+
+
+def summary(graph: Graph) -> dict[str, Any]:
+    """Counts of a model: layers, weights, multiply-accumulates, dead channels."""
+    from trainlet.ops import OPS
+
+    values = graph.values
+    convs = graph.find("conv2d")
+    attrs = [n.attrs for n in convs if isinstance(n.attrs, Conv2d)]
+    macs = sum(OPS[n.op].macs(n, [values[i] for i in n.inputs], [values[o] for o in n.outputs]) for n in graph.nodes)
+    shape = values[graph.inputs[0]].shape
+    return {
+        "model": graph.name,
+        "input": list(shape),
+        "nodes": len(graph.nodes),
+        "convolutions": len(convs),
+        "depthwise": sum(a.depthwise for a in attrs),
+        "additions": len(graph.find("add")),
+        "weights": sum(values[n.inputs[1]].size for n in (*convs, *graph.find("dense"))),
+        "macs": macs,
+        "dead_channels": sum(len(a.dead) for a in attrs),
+        "outputs": values[graph.outputs[0]].size,
+    }

@@ -1,0 +1,220 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Depthwise convolution: forward, input gradient, weight update. Work goes by blocks of channels, whose weights are
+ * transposed to [tap][channel] in scratch, so that inner loops run over neighboring channels. */
+#include "tl_math.h"
+#include "tl_round.h"
+
+#define BLOCK TL_LANES
+
+/* How many trained channels lie below c, for tables in ascending order. */
+static int32_t trained_below(tl_weights w, int32_t c)
+{
+    int32_t n = 0;
+    while (w.channels && n < w.n && w.channels[n] < c) n++;
+    return n;
+}
+
+/* out[tap][BLOCK] = weights of channels c0 .. c0 + count - 1; lanes past count are 0. */
+static void load_block(const tl_conv *c, tl_weights w, int32_t c0, int32_t count, int32_t *out)
+{
+    const int32_t taps = c->kh * c->kw;
+    int32_t below = trained_below(w, c0);
+    for (int32_t j = 0; j < BLOCK; j++) {
+        const int32_t ch = c0 + j;
+        if (j >= count) {
+            for (int32_t t = 0; t < taps; t++) out[t * BLOCK + j] = 0;
+            continue;
+        }
+        const int trained = w.channels ? below < w.n && w.channels[below] == ch : w.n > 0;
+        const int8_t *row = trained ? w.trained + (w.channels ? below : ch) * taps : w.frozen + (ch - below) * taps;
+        below += w.channels && trained;
+        for (int32_t t = 0; t < taps; t++) out[t * BLOCK + j] = row[t];
+    }
+}
+
+/* First and past-the-last tap k whose position start + k * dil lies in 0..size-1. */
+static int32_t first_tap(int32_t start, int32_t dil)
+{
+    return start >= 0 ? 0 : (dil - 1 - start) / dil;
+}
+
+static int32_t past_tap(int32_t start, int32_t dil, int32_t size, int32_t taps)
+{
+    return start >= size ? 0 : TL_MIN(taps, (size - 1 - start) / dil + 1);
+}
+
+static inline void multiply_add(const int8_t *x, const int32_t *w, int32_t zero, int32_t count, int32_t *acc)
+{
+    if (count == BLOCK) {
+        for (int32_t j = 0; j < BLOCK; j++) acc[j] += (x[j] - zero) * w[j];
+        return;
+    }
+    for (int32_t j = 0; j < count; j++) acc[j] += (x[j] - zero) * w[j];
+}
+
+/* Constants of a block's requantization; simple: all shifts are to the right and all sums small. */
+typedef struct {
+    int32_t bias[BLOCK], mult[BLOCK], n[BLOCK], half[BLOCK], some[BLOCK], shift[BLOCK];
+    int32_t simple;
+} requant_block;
+
+static void load_requant(requant_block *b, const tl_conv *c, const tl_requant *q, const int32_t *bias, int32_t c0,
+                         int32_t count)
+{
+    const int32_t bound = 127 * 255 * c->kh * c->kw;
+    b->simple = 1;
+    for (int32_t j = 0; j < BLOCK; j++) {
+        const int32_t ch = c0 + TL_MIN(j, count - 1);
+        b->bias[j] = bias[ch];
+        b->mult[j] = q->mult[ch];
+        b->shift[j] = q->shift[ch];
+        b->n[j] = TL_MAX(-q->shift[ch], 0);
+        b->half[j] = (int32_t)(((uint32_t)1 << b->n[j]) >> 1);
+        b->some[j] = b->n[j] > 0 ? -1 : 0;
+        if (q->shift[ch] > 0 || bias[ch] >= (1 << 30) - bound || bias[ch] <= bound - (1 << 30)) b->simple = 0;
+    }
+}
+
+static void store_block(const requant_block *b, const tl_requant *q, const int32_t *acc, int32_t count, int8_t *out)
+{
+    int32_t v[BLOCK];
+    if (b->simple) {
+        for (int32_t j = 0; j < BLOCK; j++) v[j] = tl_mbqm_fast(acc[j], b->mult[j], b->n[j], b->half[j], b->some[j]);
+    } else {
+        for (int32_t j = 0; j < BLOCK; j++) v[j] = tl_mbqm(acc[j], b->mult[j], b->shift[j]);
+    }
+    for (int32_t j = 0; j < BLOCK; j++) v[j] = tl_clamp(tl_sat32((int64_t)v[j] + q->y_zero), q->lo, q->hi);
+    for (int32_t j = 0; j < count; j++) out[j] = (int8_t)v[j];
+}
+
+int32_t tl_depthwise_scratch(const tl_conv *c)
+{
+    return c->kh * c->kw * BLOCK * 4;
+}
+
+void tl_depthwise_s8(const tl_conv *c, const tl_requant *q, tl_weights w, const int32_t *bias, tl_view x, tl_view y,
+                     int32_t y0, int32_t y1, void *scratch)
+{
+    int32_t *weights = scratch;
+    requant_block b;
+    for (int32_t c0 = 0; c0 < c->in_c; c0 += BLOCK) {
+        const int32_t count = TL_MIN(BLOCK, c->in_c - c0);
+        load_block(c, w, c0, count, weights);
+        load_requant(&b, c, q, bias, c0, count);
+        for (int32_t oy = y0; oy < y1; oy++) {
+            const int32_t top = oy * c->stride_h - c->pad_h;
+            const int32_t ky0 = first_tap(top, c->dil_h), ky1 = past_tap(top, c->dil_h, c->in_h, c->kh);
+            for (int32_t ox = 0; ox < c->out_w; ox++) {
+                const int32_t left = ox * c->stride_w - c->pad_w;
+                const int32_t kx0 = first_tap(left, c->dil_w), kx1 = past_tap(left, c->dil_w, c->in_w, c->kw);
+                int32_t acc[BLOCK];
+                for (int32_t j = 0; j < BLOCK; j++) acc[j] = b.bias[j];
+                for (int32_t ky = ky0; ky < ky1; ky++) {
+                    const int32_t iy = top + ky * c->dil_h;
+                    const int8_t *row = x.data + (iy % x.ring) * x.row + c0;
+                    for (int32_t kx = kx0; kx < kx1; kx++)
+                        multiply_add(row + (left + kx * c->dil_w) * x.pixel, weights + (ky * c->kw + kx) * BLOCK,
+                                     c->x_zero, count, acc);
+                }
+                store_block(&b, q, acc, count, y.data + (oy % y.ring) * y.row + ox * y.pixel + c0);
+            }
+        }
+    }
+}
+
+int32_t tl_depthwise_dx_scratch(const tl_conv *c)
+{
+    return 4 + c->kh * c->kw * BLOCK * 4;
+}
+
+/* The output position that tap k of input position at = i + pad reaches, or -1. */
+static int32_t reached(int32_t at, int32_t k, int32_t dil, int32_t stride, int32_t size)
+{
+    const int32_t v = at - k * dil;
+    if (v < 0 || v % stride != 0) return -1;
+    return v / stride < size ? v / stride : -1;
+}
+
+void tl_depthwise_dx_s8(tl_step *step, const tl_conv *c, const tl_dx_scale *v, tl_weights w, tl_grad g,
+                        const tl_site *site, int8_t *rx, int32_t y0, int32_t y1, void *scratch)
+{
+    int32_t *weights = (int32_t *)scratch + 1;
+    tl_round r;
+    tl_round_begin(&r, step, site, v, 1, g.e, c->in_w, c->in_c, scratch, y0 == 0);
+    for (int32_t c0 = 0; c0 < c->in_c; c0 += BLOCK) {
+        const int32_t count = TL_MIN(BLOCK, c->in_c - c0);
+        load_block(c, w, c0, count, weights);
+        tl_round_lanes(&r, c0, count);
+        for (int32_t iy = y0; iy < y1; iy++) {
+            for (int32_t ix = 0; ix < c->in_w; ix++) {
+                int32_t acc[BLOCK] = {0};
+                for (int32_t ky = 0; ky < c->kh; ky++) {
+                    const int32_t oy = reached(iy + c->pad_h, ky, c->dil_h, c->stride_h, c->out_h);
+                    if (oy < 0) continue;
+                    const int8_t *row = g.r.data + (oy % g.r.ring) * g.r.row + c0;
+                    for (int32_t kx = 0; kx < c->kw; kx++) {
+                        const int32_t ox = reached(ix + c->pad_w, kx, c->dil_w, c->stride_w, c->out_w);
+                        if (ox < 0) continue;
+                        multiply_add(row + ox * g.r.pixel, weights + (ky * c->kw + kx) * BLOCK, 0, count, acc);
+                    }
+                }
+                tl_round_pixel(&r, iy, ix, acc, rx + (iy * c->in_w + ix) * c->in_c + c0);
+            }
+        }
+    }
+    tl_round_end(&r, y1 == c->in_h);
+}
+
+int32_t tl_depthwise_dw_scratch(const tl_conv *c, int32_t kept)
+{
+    (void)kept;
+    return c->kh * c->kw * BLOCK * 4;
+}
+
+/* Sums of taps x channels for kept channels j0 .. j0 + count - 1. */
+static void gradient_block(const tl_conv *c, const uint16_t *channels, tl_grad g, tl_view x, int32_t j0, int32_t count,
+                           int32_t *sums)
+{
+    const int32_t taps = c->kh * c->kw;
+    for (int32_t i = 0; i < taps * BLOCK; i++) sums[i] = 0;
+    for (int32_t oy = 0; oy < c->out_h; oy++) {
+        const int32_t top = oy * c->stride_h - c->pad_h;
+        const int32_t ky0 = first_tap(top, c->dil_h), ky1 = past_tap(top, c->dil_h, c->in_h, c->kh);
+        for (int32_t ox = 0; ox < c->out_w; ox++) {
+            const int32_t left = ox * c->stride_w - c->pad_w;
+            const int32_t kx0 = first_tap(left, c->dil_w), kx1 = past_tap(left, c->dil_w, c->in_w, c->kw);
+            const int8_t *in = g.r.data + (oy % g.r.ring) * g.r.row + ox * g.r.pixel;
+            int32_t r[BLOCK];
+            for (int32_t j = 0; j < count; j++) r[j] = in[channels ? channels[j0 + j] : j0 + j];
+            for (int32_t ky = ky0; ky < ky1; ky++) {
+                const int32_t iy = top + ky * c->dil_h;
+                const int8_t *row = x.data + (iy % x.ring) * x.row + j0;
+                for (int32_t kx = kx0; kx < kx1; kx++)
+                    multiply_add(row + (left + kx * c->dil_w) * x.pixel, r, c->x_zero, count,
+                                 sums + (ky * c->kw + kx) * BLOCK);
+            }
+        }
+    }
+}
+
+void tl_depthwise_dw_s8(const tl_step *step, const tl_conv *c, const tl_dw *d, tl_grad g, tl_view x, float lr, int8_t *w,
+                        uint8_t *fraction, void *scratch)
+{
+    const int32_t taps = c->kh * c->kw;
+    const uint32_t key = tl_site_key(step->key, d->stream);
+    int32_t *sums = scratch;
+    for (int32_t j0 = 0; j0 < d->kept; j0 += BLOCK) {
+        const int32_t count = TL_MIN(BLOCK, d->kept - j0);
+        gradient_block(c, d->channels, g, x, j0, count, sums);
+        for (int32_t j = 0; j < count; j++) {
+            const int32_t ch = d->channels ? d->channels[j0 + j] : j0 + j;
+            const float v = lr * d->rate[ch];
+            if (v == 0.0f) continue;
+            const tl_rate rate = tl_rate_of(v, g.e, d->pre, d->bits);
+            for (int32_t t = 0; t < taps; t++) {
+                const uint32_t word = tl_word(key, (uint32_t)(ch * taps + t));
+                tl_weight_sub(w, fraction, (j0 + j) * taps + t, d->bits, tl_rate_step(&rate, sums[t * BLOCK + j], word));
+            }
+        }
+    }
+}

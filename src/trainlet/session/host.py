@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host session: the emitted C in a shared library, called through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainlet.build import NATIVE, build_library
+from trainlet.compiler import Compiled
+from trainlet.emit import prefix_values
+from trainlet.errors import MismatchError, UsageError
+from trainlet.session import Image, StepInfo
+from trainlet.session.state import StateCodec
+
+_STATUS = {
+    2: (UsageError, "label {label} is out of range: the head has classes 0 to {last}"),
+    3: (UsageError, "the memory is smaller than the model's arena ({arena} bytes) or state ({state} bytes)"),
+    4: (UsageError, "the arena or the state is not aligned to 4 bytes"),
+    5: (UsageError, "the learning rate {lr} is negative, not a finite number, or too large for a layer's scale"),
+    6: (MismatchError, "a logit or a feature gradient is not a finite number; nothing has changed: use a smaller learning rate"),
+    7: (UsageError, "the image was not fed row by row from the first to the last row"),
+    8: (UsageError, "the saved state is damaged or belongs to another model or scheme"),
+}  # fmt: skip
+
+
+class _Context(ctypes.Structure):
+    """tl_context of tl_model.h, with room for the exponents behind it."""
+
+    _fields_ = (
+        ("arena", ctypes.c_void_p),
+        ("state", ctypes.c_void_p),
+        ("exponent", ctypes.c_void_p),
+        ("key", ctypes.c_uint32),
+        ("anchor", ctypes.c_int32),
+        ("saturated", ctypes.c_uint32),
+        ("rounded", ctypes.c_uint32),
+        ("lr", ctypes.c_float),
+        ("loss", ctypes.c_float),
+        ("label", ctypes.c_int32),
+        ("rows", ctypes.c_int32),
+    )
+
+
+class _Info(ctypes.Structure):
+    _fields_ = (("loss", ctypes.c_float), ("prediction", ctypes.c_int32), ("saturated", ctypes.c_float))
+
+
+def _aligned(nbytes: int) -> NDArray[np.uint8]:
+    """``nbytes`` zeroed bytes at an address that is a multiple of 64."""
+    raw = np.zeros(nbytes + 64, np.uint8)
+    at = -raw.ctypes.data % 64
+    return raw[at : at + nbytes]
+
+
+class HostSession:
+    """Runs a compiled model on this machine; see ``Session``. ``flags`` are added to the compiler's."""
+
+    def __init__(self, compiled: Compiled, cc: str | None = None, *, flags: Sequence[str] = NATIVE, seed: int = 0) -> None:
+        self.compiled = compiled
+        self.arena_bytes = compiled.plan.arena_bytes
+        self.state_bytes = compiled.layout.nbytes
+        self.model_hash = compiled.model_hash
+        head = next(n for n in compiled.graph.nodes if n.op == "dense")
+        self.classes = compiled.graph.values[head.inputs[1]].shape[0]
+        self.library_path = build_library(compiled.sources.files, cc=cc, extra=flags)
+        self._lib = ctypes.CDLL(str(self.library_path))
+        self._shape = compiled.graph.values[compiled.graph.inputs[0]].shape
+        self._codec = StateCodec(compiled.graph, compiled.layout)
+        self._cut = [
+            (compiled.plan.offsets[v], compiled.graph.values[v].nbytes) for v in prefix_values(compiled.graph)
+        ]
+        slots = max((v.exponent for v in compiled.graph.values.values() if v.exponent is not None), default=0)
+        self._exponents = np.zeros(slots + 1, np.int16)
+        self._arena, self._state = _aligned(self.arena_bytes), _aligned(self.state_bytes)
+        self._context = _Context()
+        self._model = self._function(f"{compiled.sources.prefix}_model", ctypes.c_void_p)()
+        self._infer = self._function("tl_model_infer", ctypes.c_int)
+        self._train = self._function("tl_model_train", ctypes.c_int)
+        self._infer_rest = self._function("tl_model_infer_rest", None)
+        self._train_rest = self._function("tl_model_train_rest", ctypes.c_int)
+        self._logits = ctypes.c_void_p()
+        self._info = _Info()
+        self.init(self._arena, self._state, seed)
+
+    def _function(self, name: str, restype: type | None) -> ctypes._CFuncPtr:  # type: ignore[name-defined]
+        function = getattr(self._lib, name)
+        function.restype = restype
+        return function
+
+    def init(self, arena: NDArray[np.uint8], state: NDArray[np.uint8], seed: int) -> None:
+        """Begins anew over the given memory; UsageError where it is too small or misaligned."""
+        init = self._function("tl_model_init", ctypes.c_int)
+        status = init(
+            ctypes.c_void_p(self._model),
+            ctypes.byref(self._context),
+            ctypes.c_void_p(self._exponents.ctypes.data),
+            ctypes.c_void_p(arena.ctypes.data),
+            ctypes.c_size_t(arena.nbytes),
+            ctypes.c_void_p(state.ctypes.data),
+            ctypes.c_size_t(state.nbytes),
+            ctypes.c_uint32(seed),
+        )
+        self._check(status)
+        self._arena, self._state = arena, state
+
+    def _check(self, status: int, label: int = 0, lr: float = 0.0) -> None:
+        if status == 0:
+            return
+        error, text = _STATUS[status]
+        raise error(text.format(label=label, last=self.classes - 1, lr=lr, arena=self.arena_bytes, state=self.state_bytes))
+
+    def _image(self, image: Image) -> ctypes.c_void_p:
+        if image.dtype != np.int8 or image.shape != self._shape:
+            want = "x".join(map(str, self._shape))
+            raise UsageError(f"the image is {image.dtype} {'x'.join(map(str, image.shape))}; the model reads int8 {want}")
+        self._held = np.ascontiguousarray(image)
+        return ctypes.c_void_p(self._held.ctypes.data)
+
+    def _read_logits(self) -> NDArray[np.float32]:
+        address = self._logits.value
+        assert address is not None
+        at = address - self._arena.ctypes.data
+        return self._arena[at : at + 4 * self.classes].view(np.float32).copy()
+
+    def _step(self, status: int, label: int, lr: float) -> StepInfo:
+        self._check(status, label, lr)
+        return StepInfo(self._info.loss, self._info.prediction, self._info.saturated)
+
+    def _pair(self) -> tuple[ctypes.c_void_p, object]:
+        return ctypes.c_void_p(self._model), ctypes.byref(self._context)
+
+    def reset(self, seed: int) -> None:
+        self._function("tl_model_reset", None)(*self._pair(), ctypes.c_uint32(seed))
+
+    def infer(self, image: Image) -> NDArray[np.float32]:
+        self._check(self._infer(*self._pair(), self._image(image), ctypes.byref(self._logits)))
+        return self._read_logits()
+
+    def train_step(self, image: Image, label: int, lr: float) -> StepInfo:
+        self._check_label(label)
+        out = ctypes.byref(self._info)
+        args = (*self._pair(), self._image(image), ctypes.c_int32(label), ctypes.c_float(lr), out)
+        return self._step(self._train(*args), label, lr)
+
+    def _check_label(self, label: int) -> None:
+        if not 0 <= label < self.classes:
+            self._check(2, label)
+
+    def prefix(self, image: Image) -> bytes:
+        if not self._cut:
+            return b""
+        pointer = self._image(image)
+        feed = self._function("tl_model_feed_row", ctypes.c_int)
+        self._check(self._function("tl_model_begin", ctypes.c_int)(*self._pair()))
+        for y in range(self._shape[0]):
+            assert pointer.value is not None
+            self._check(feed(*self._pair(), ctypes.c_void_p(pointer.value + y * self._shape[1] * self._shape[2])))
+        self._check(self._function("tl_model_prefix", ctypes.c_int)(*self._pair()))
+        return b"".join(self._arena[at : at + n].tobytes() for at, n in self._cut)
+
+    def _restore(self, prefix: bytes) -> None:
+        want = sum(n for _, n in self._cut)
+        if len(prefix) != want or not want:
+            raise UsageError(f"a stored prefix of this model has {want} bytes, not {len(prefix)}")
+        data, begin = np.frombuffer(prefix, np.uint8), 0
+        for at, n in self._cut:
+            self._arena[at : at + n] = data[begin : begin + n]
+            begin += n
+
+    def infer_cached(self, prefix: bytes) -> NDArray[np.float32]:
+        self._restore(prefix)
+        self._infer_rest(*self._pair(), ctypes.byref(self._logits))
+        return self._read_logits()
+
+    def train_step_cached(self, prefix: bytes, label: int, lr: float) -> StepInfo:
+        self._check_label(label)
+        self._restore(prefix)
+        out = ctypes.byref(self._info)
+        status = self._train_rest(*self._pair(), ctypes.c_int32(label), ctypes.c_float(lr), out)
+        return self._step(status, label, lr)
+
+    def state(self) -> dict[str, NDArray[np.generic]]:
+        return self._codec.unpack(self._state.tobytes())
+
+    def load_state(self, state: Mapping[str, NDArray[np.generic]]) -> None:
+        self._state[:] = np.frombuffer(self._codec.pack(state), np.uint8)

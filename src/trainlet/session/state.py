@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trained state between its two forms: the block of bytes that C works on, and named arrays (docs/layout.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainlet.errors import UsageError
+from trainlet.ir import Array, Graph, Node
+from trainlet.layout import HEADER_BYTES, StateLayout
+from trainlet.ops import FusedDw, FusedDx, RoundGrad
+from trainlet.verify.graph import NUMPY_DTYPE
+
+
+def _nibbles(raw: NDArray[np.uint8], count: int) -> NDArray[np.int8]:
+    """Signed nibbles, low one first."""
+    both = np.stack([raw & 15, raw >> 4], axis=1).reshape(-1)[:count].astype(np.int8)
+    return np.where(both > 7, both - 16, both).astype(np.int8)
+
+
+def _packed(values: NDArray[np.int8]) -> NDArray[np.uint8]:
+    flat = (values.reshape(-1).astype(np.int16) & 15).astype(np.uint8)
+    flat = np.append(flat, np.zeros(len(flat) % 2, np.uint8))
+    return (flat[0::2] | flat[1::2] << 4).astype(np.uint8)
+
+
+def _stream(node: Node) -> int:
+    a = node.attrs
+    assert isinstance(a, FusedDx | RoundGrad)
+    return a.round.stream if isinstance(a, FusedDx) else a.stream
+
+
+class StateCodec:
+    """Packs and unpacks the state of one LOWERED graph."""
+
+    def __init__(self, graph: Graph, layout: StateLayout) -> None:
+        self.graph, self.layout = graph, layout
+        self._updates = {n.writes[0]: n for n in graph.find("conv2d_dw_sgd")}
+        sites = sorted((*graph.find("conv2d_dx_round"), *graph.find("round_grad")), key=_stream)
+        self._rho = [n.writes[0] for n in sites]
+        fractions = {n.writes[1] for n in self._updates.values() if len(n.writes) > 1}
+        self._plain = [v.name for v in graph.states() if v.name not in {*self._updates, *fractions, *self._rho}]
+
+    def _read(self, raw: bytes, name: str) -> Array:
+        v = self.graph.values[name]
+        at = self.layout.offsets[name]
+        data = raw[at : at + v.nbytes]
+        if v.dtype == "s4":
+            return _nibbles(np.frombuffer(data, np.uint8), v.size).reshape(v.shape)
+        return np.frombuffer(data, np.dtype(NUMPY_DTYPE[v.dtype])).reshape(v.shape)
+
+    def unpack(self, raw: bytes) -> dict[str, Array]:
+        """Named arrays: ``conv.21.weight`` is the full form F = w 2^L + l (int32) of the channels ``conv.21.channels``."""
+        seed, step = np.frombuffer(raw[:HEADER_BYTES], np.uint32)
+        arrays: dict[str, Array] = {"seed": np.array([seed], np.uint32), "step": np.array([step], np.uint32)}
+        arrays["rho"] = np.array([self._read(raw, name)[0] for name in self._rho], np.int8)
+        arrays |= {name: self._read(raw, name).copy() for name in self._plain}
+        for name, node in self._updates.items():
+            a = node.attrs
+            assert isinstance(a, FusedDw)
+            full = self._read(raw, name).astype(np.int32) * (1 << a.sgd.fraction_bits)
+            if len(node.writes) > 1:
+                full += self._read(raw, node.writes[1]).astype(np.int32)
+            arrays[_weight_name(name)] = full
+            arrays[node.inputs[-1]] = self.graph.data[node.inputs[-1]]
+        return arrays
+
+    def pack(self, arrays: Mapping[str, Array]) -> bytes:
+        """The block of bytes. UsageError where an array is missing, unknown, or of another shape, type or range."""
+        want = self.unpack(bytes(self.layout.nbytes))
+        _check_names(arrays, want)
+        raw = np.zeros(self.layout.nbytes, np.uint8)
+        raw[:HEADER_BYTES] = np.concatenate([arrays["seed"], arrays["step"]]).astype(np.uint32).view(np.uint8)
+        for i, name in enumerate(self._rho):
+            self._write(raw, name, arrays["rho"][i : i + 1])
+        for name in self._plain:
+            self._write(raw, name, arrays[name])
+        for name, node in self._updates.items():
+            self._write_weight(raw, name, node, arrays)
+        return raw.tobytes()
+
+    def _write(self, raw: NDArray[np.uint8], name: str, data: Array) -> None:
+        v = self.graph.values[name]
+        at = self.layout.offsets[name]
+        flat = _packed(data.astype(np.int8)) if v.dtype == "s4" else np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        raw[at : at + v.nbytes] = flat
+
+    def _write_weight(self, raw: NDArray[np.uint8], name: str, node: Node, arrays: Mapping[str, Array]) -> None:
+        a = node.attrs
+        assert isinstance(a, FusedDw)
+        channels = node.inputs[-1]
+        if not np.array_equal(arrays[channels], self.graph.data[channels]):
+            raise UsageError(f"{channels}: the state was trained on other input channels; use the model and scheme it came from")
+        bits = a.sgd.fraction_bits
+        full = arrays[_weight_name(name)].astype(np.int64)
+        if np.abs(full).max() > 127 << bits:
+            raise UsageError(f"{_weight_name(name)}: a weight lies outside +-127 x 2^{bits}; the state is damaged")
+        w = (full + ((1 << bits) >> 1)) >> bits
+        self._write(raw, name, w.astype(np.int8))
+        if bits:
+            self._write(raw, node.writes[1], (full - (w << bits)).astype(np.int8))
+
+
+def _weight_name(trained: str) -> str:
+    return f"{trained.removesuffix('.trained')}.weight"
+
+
+def _check_names(arrays: Mapping[str, Array], want: Mapping[str, Array]) -> None:
+    for name in want:
+        if name not in arrays:
+            raise UsageError(f"the state has no {name!r}; it belongs to another model or scheme")
+    for name, data in arrays.items():
+        if name not in want:
+            raise UsageError(f"the state has {name!r}, which this model and scheme do not train")
+        if data.shape != want[name].shape or data.dtype != want[name].dtype:
+            raise UsageError(
+                f"{name}: the state holds {data.dtype} {data.shape}, this model {want[name].dtype} {want[name].shape}"
+            )
