@@ -51,7 +51,7 @@ def _up(n: int) -> int:
 
 def geometry(graph: Graph, node: Node) -> tuple[Conv2d, tuple[int, int, int], tuple[int, int, int]]:
     """(conv, (H, W, C) of its input, (H, W, C) of its output) of a forward, input gradient or weight gradient node.
-    The input of a weight gradient has the kept channels only."""
+    That of a weight gradient is the layer's, though only some channels of its input are kept."""
     a = node.attrs
     v = graph.values
     if isinstance(a, FusedDx):
@@ -59,8 +59,8 @@ def geometry(graph: Graph, node: Node) -> tuple[Conv2d, tuple[int, int, int], tu
         shape = v[node.inputs[1]].shape
         return a.dx.conv, (h, w, shape[3] * a.dx.conv.groups), (*conv_out_hw(a.dx.conv, h, w), shape[0])
     if isinstance(a, FusedDw):
-        h, w, c = v[node.inputs[1]].shape
-        return a.dw.conv, (h, w, c), (*conv_out_hw(a.dw.conv, h, w), v[node.inputs[0]].shape[2])
+        layer = next(n for n in graph.find("conv2d") if node.writes[0] in n.inputs)
+        return geometry(graph, layer)
     assert isinstance(a, Conv2d)
     x, y = v[node.inputs[0]].shape, v[node.outputs[0]].shape
     return a, (x[0], x[1], x[2]), (y[0], y[1], y[2])
