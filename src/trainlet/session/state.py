@@ -82,6 +82,14 @@ class StateCodec:
             self._write_weight(raw, name, node, arrays)
         return raw.tobytes()
 
+    def pack_values(self, seed: int, step: int, values: Mapping[str, Array]) -> bytes:
+        """The block of bytes from the states by the names they have in the graph, as the reference executor keeps them."""
+        raw = np.zeros(self.layout.nbytes, np.uint8)
+        raw[:HEADER_BYTES] = np.array([seed, step], np.uint32).view(np.uint8)
+        for v in self.graph.states():
+            self._write(raw, v.name, values[v.name])
+        return raw.tobytes()
+
     def _write(self, raw: NDArray[np.uint8], name: str, data: Array) -> None:
         v = self.graph.values[name]
         at = self.layout.offsets[name]
