@@ -1,95 +1,125 @@
 /* SPDX-License-Identifier: Apache-2.0 */
+/* General convolution, forward. For each block of TL_LANES output channels the weights are transposed once to
+ * [tap][channel][lane]; then tiles of TL_ROWS output pixels are gathered as x - x_zero and multiplied. */
 #include "tl_math.h"
 #include "tl_round.h"
+#include "tl_tile.h"
 
-static int32_t weight_at(const tl_conv *c, tl_weights w, int32_t o, int32_t tap, int32_t i)
+int32_t tl_conv2d_scratch(const tl_conv *c)
+{
+    return c->kh * c->kw * (c->in_c / c->groups) * (TL_LANES + 4 * TL_ROWS);
+}
+
+/* out[k][lane] = weight (tap, channel) = k of output channels o0 .. o0 + count - 1; lanes past count are 0. */
+static void pack_weights(const tl_conv *c, tl_weights w, int32_t o0, int32_t count, int8_t *restrict out)
 {
     const int32_t taps = c->kh * c->kw, cg = c->in_c / c->groups;
-    if (!w.channels) return (w.n ? w.trained : w.frozen)[(o * taps + tap) * cg + i];
-    int32_t below = 0;
-    while (below < w.n && w.channels[below] < i) below++;
-    if (below < w.n && w.channels[below] == i) return w.trained[(o * taps + tap) * w.n + below];
-    return w.frozen[(o * taps + tap) * (cg - w.n) + i - below];
+    const int32_t frozen = cg - w.n;
+    if (count < TL_LANES) memset(out, 0, (size_t)(taps * cg * TL_LANES));
+    for (int32_t j = 0; j < count; j++) {
+        const int8_t *f = w.frozen + (frozen ? (o0 + j) * taps * frozen : 0);
+        const int8_t *t = w.trained + (w.n ? (o0 + j) * taps * w.n : 0);
+        int8_t *to = out + j;
+        if (!w.channels) {
+            const int8_t *from = w.n ? t : f;
+            for (int32_t k = 0; k < taps * cg; k++) to[k * TL_LANES] = from[k];
+            continue;
+        }
+        for (int32_t tap = 0; tap < taps; tap++) {
+            for (int32_t i = 0, below = 0; i < cg; i++, to += TL_LANES) {
+                const int trained = below < w.n && w.channels[below] == i;
+                *to = trained ? *t++ : *f++;
+                below += trained;
+            }
+        }
+    }
 }
-int32_t tl_conv2d_scratch(const tl_conv *c) { (void)c; return 0; }
-int32_t tl_conv2d_dx_scratch(const tl_conv *c) { (void)c; return 4; }
-int32_t tl_conv2d_dw_scratch(const tl_conv *c, int32_t kept) { (void)c; (void)kept; return 0; }
+
+/* to[i] = from[i] - zero. */
+static void widen(const int8_t *restrict from, int32_t zero, int32_t n, int32_t *restrict to)
+{
+    for (int32_t i = 0; i < n; i++) to[i] = from[i] - zero;
+}
+
+/* The input of output pixel (oy, ox) for channels i0 .. i0 + cg - 1: [tap][channel], padding is 0. */
+static void gather(const tl_conv *c, tl_view x, int32_t oy, int32_t ox, int32_t i0, int32_t cg, int32_t *restrict to)
+{
+    for (int32_t ky = 0; ky < c->kh; ky++) {
+        const int32_t iy = oy * c->stride_h - c->pad_h + ky * c->dil_h;
+        const int8_t *row = x.data + (iy >= 0 ? iy % x.ring : 0) * x.row + i0;
+        for (int32_t kx = 0; kx < c->kw; kx++, to += cg) {
+            const int32_t ix = ox * c->stride_w - c->pad_w + kx * c->dil_w;
+            if (iy < 0 || iy >= c->in_h || ix < 0 || ix >= c->in_w) {
+                memset(to, 0, (size_t)cg * sizeof *to);
+                continue;
+            }
+            widen(row + ix * x.pixel, c->x_zero, cg, to);
+        }
+    }
+}
+
+/* Requantization of a block's lanes; simple: all shifts go right and no sum reaches 2^30. */
+typedef struct {
+    int32_t bias[TL_LANES], mult[TL_LANES], n[TL_LANES], half[TL_LANES], some[TL_LANES], shift[TL_LANES];
+    int simple;
+} lanes;
+
+static void load_lanes(lanes *l, const tl_requant *q, const int32_t *bias, int32_t fan_in, int32_t o0, int32_t count)
+{
+    const int32_t room = (1 << 30) - 1 - TL_MIN(127 * 255 * fan_in, (1 << 30) - 1);
+    l->simple = 1;
+    for (int32_t j = 0; j < TL_LANES; j++) {
+        const int32_t o = o0 + TL_MIN(j, count - 1);
+        l->bias[j] = bias[o];
+        l->mult[j] = q->mult[o];
+        l->shift[j] = q->shift[o];
+        l->n[j] = TL_MAX(-q->shift[o], 0);
+        l->half[j] = (int32_t)(((uint32_t)1 << l->n[j]) >> 1);
+        l->some[j] = l->n[j] > 0 ? -1 : 0;
+        l->simple &= q->shift[o] <= 0 && bias[o] <= room && bias[o] >= -room;
+    }
+}
+
+static inline void store_lanes(const lanes *l, const tl_requant *q, const int32_t *acc, int32_t count, int8_t *out)
+{
+    int32_t v[TL_LANES];
+    int8_t b[TL_LANES];
+    if (l->simple) {
+        for (int32_t j = 0; j < TL_LANES; j++)
+            v[j] = tl_clamp(tl_mbqm_fast(acc[j], l->mult[j], l->n[j], l->half[j], l->some[j]) + q->y_zero, q->lo, q->hi);
+    } else {
+        for (int32_t j = 0; j < TL_LANES; j++)
+            v[j] = tl_clamp(tl_sat32((int64_t)tl_mbqm(acc[j], l->mult[j], l->shift[j]) + q->y_zero), q->lo, q->hi);
+    }
+    for (int32_t j = 0; j < TL_LANES; j++) b[j] = (int8_t)v[j];
+    memcpy(out, b, (size_t)count);
+}
 
 void tl_conv2d_s8(const tl_conv *c, const tl_requant *q, tl_weights w, const int32_t *bias, tl_view x, tl_view y,
                   int32_t y0, int32_t y1, void *scratch)
 {
-    const int32_t cg = c->in_c / c->groups, og = c->out_c / c->groups;
-    (void)scratch;
-    for (int32_t oy = y0; oy < y1; oy++)
-        for (int32_t ox = 0; ox < c->out_w; ox++)
-            for (int32_t o = 0; o < c->out_c; o++) {
-                int32_t acc = bias[o];
-                for (int32_t t = 0; t < c->kh * c->kw; t++) {
-                    const int32_t iy = oy * c->stride_h - c->pad_h + t / c->kw * c->dil_h;
-                    const int32_t ix = ox * c->stride_w - c->pad_w + t % c->kw * c->dil_w;
-                    if (iy < 0 || ix < 0 || iy >= c->in_h || ix >= c->in_w) continue;
-                    const int8_t *p = x.data + (iy % x.ring) * x.row + ix * x.pixel + o / og * cg;
-                    for (int32_t i = 0; i < cg; i++) acc += weight_at(c, w, o, t, i) * (p[i] - c->x_zero);
-                }
-                y.data[(oy % y.ring) * y.row + ox * y.pixel + o] =
-                    (int8_t)tl_clamp(tl_sat32((int64_t)tl_mbqm(acc, q->mult[o], q->shift[o]) + q->y_zero), q->lo, q->hi);
+    const int32_t cg = c->in_c / c->groups, og = c->out_c / c->groups, n = c->kh * c->kw * cg;
+    const int32_t pixels = (y1 - y0) * c->out_w;
+    int32_t *patch = scratch;
+    int8_t *packed = (int8_t *)(patch + TL_ROWS * n);
+    lanes l;
+    for (int32_t o0 = 0, group = 0; o0 < c->out_c; group = o0 / og) {
+        const int32_t count = TL_MIN(TL_LANES, (group + 1) * og - o0);
+        pack_weights(c, w, o0, count, packed);
+        load_lanes(&l, q, bias, n, o0, count);
+        for (int32_t p0 = 0; p0 < pixels; p0 += TL_ROWS) {
+            const int32_t rows = TL_MIN(TL_ROWS, pixels - p0);
+            int32_t acc[TL_ROWS][TL_LANES];
+            for (int32_t p = 0; p < rows; p++)
+                gather(c, x, y0 + (p0 + p) / c->out_w, (p0 + p) % c->out_w, group * cg, cg, patch + p * n);
+            for (int32_t p = rows; p < TL_ROWS; p++) memset(patch + p * n, 0, (size_t)n * sizeof *patch);
+            for (int32_t p = 0; p < TL_ROWS; p++) memcpy(acc[p], l.bias, sizeof l.bias);
+            tl_tile(patch, packed, n, acc);
+            for (int32_t p = 0; p < rows; p++) {
+                const int32_t oy = y0 + (p0 + p) / c->out_w, ox = (p0 + p) % c->out_w;
+                store_lanes(&l, q, acc[p], count, y.data + (oy % y.ring) * y.row + ox * y.pixel + o0);
             }
-}
-
-void tl_conv2d_dx_s8(tl_step *step, const tl_conv *c, const tl_dx_scale *v, tl_weights w, tl_grad g, const tl_site *site,
-                     int8_t *rx, int32_t y0, int32_t y1, void *scratch)
-{
-    const int32_t cg = c->in_c / c->groups, og = c->out_c / c->groups;
-    tl_round r;
-    tl_round_begin(&r, step, site, v, 0, g.e, c->in_w, c->in_c, scratch, y0 == 0);
-    for (int32_t c0 = 0; c0 < c->in_c; c0 += TL_LANES) {
-        const int32_t count = TL_MIN(TL_LANES, c->in_c - c0);
-        tl_round_lanes(&r, c0, count);
-        for (int32_t iy = y0; iy < y1; iy++)
-            for (int32_t ix = 0; ix < c->in_w; ix++) {
-                int32_t acc[TL_LANES] = {0};
-                for (int32_t t = 0; t < c->kh * c->kw; t++) {
-                    const int32_t ay = iy + c->pad_h - t / c->kw * c->dil_h, ax = ix + c->pad_w - t % c->kw * c->dil_w;
-                    if (ay < 0 || ax < 0 || ay % c->stride_h || ax % c->stride_w) continue;
-                    const int32_t oy = ay / c->stride_h, ox = ax / c->stride_w;
-                    if (oy >= c->out_h || ox >= c->out_w) continue;
-                    const int8_t *p = g.r.data + (oy % g.r.ring) * g.r.row + ox * g.r.pixel;
-                    for (int32_t j = 0; j < count; j++) {
-                        const int32_t grp = (c0 + j) / cg;
-                        for (int32_t o = grp * og; o < (grp + 1) * og; o++)
-                            acc[j] += weight_at(c, w, o, t, (c0 + j) % cg) * (p[o] * v->mt[o]);
-                    }
-                }
-                tl_round_pixel(&r, iy, ix, acc, rx + (iy * c->in_w + ix) * c->in_c + c0);
-            }
-    }
-    tl_round_end(&r, y1 == c->in_h);
-}
-
-void tl_conv2d_dw_s8(const tl_step *step, const tl_conv *c, const tl_dw *d, tl_grad g, tl_view x, float lr, int8_t *w,
-                     uint8_t *fraction, void *scratch)
-{
-    const int32_t taps = c->kh * c->kw, og = c->out_c / c->groups;
-    const uint32_t key = tl_site_key(step->key, d->stream);
-    (void)scratch;
-    for (int32_t o = 0; o < c->out_c; o++) {
-        const float v = lr * d->rate[o];
-        if (v == 0.0f) continue;
-        const tl_rate rate = tl_rate_of(v, g.e, d->pre, d->bits);
-        for (int32_t t = 0; t < taps; t++)
-            for (int32_t j = 0; j < d->kept; j++) {
-                int32_t acc = 0;
-                for (int32_t oy = 0; oy < c->out_h; oy++)
-                    for (int32_t ox = 0; ox < c->out_w; ox++) {
-                        const int32_t iy = oy * c->stride_h - c->pad_h + t / c->kw * c->dil_h;
-                        const int32_t ix = ox * c->stride_w - c->pad_w + t % c->kw * c->dil_w;
-                        if (iy < 0 || ix < 0 || iy >= c->in_h || ix >= c->in_w) continue;
-                        acc += g.r.data[(oy % g.r.ring) * g.r.row + ox * g.r.pixel + o] *
-                               (x.data[(iy % x.ring) * x.row + ix * x.pixel + o / og * d->kept + j] - c->x_zero);
-                    }
-                const int32_t i = d->channels ? d->channels[j] : j;
-                tl_weight_sub(w, fraction, (o * taps + t) * d->kept + j, d->bits,
-                              tl_rate_step(&rate, acc, tl_word(key, (uint32_t)((o * taps + t) * (c->in_c / c->groups) + i))));
-            }
+        }
+        o0 += count;
     }
 }

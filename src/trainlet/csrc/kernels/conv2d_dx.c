@@ -1,0 +1,91 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Input gradient of a general convolution. For each block of TL_LANES input channels the weights are brought to
+ * [tap][output channel][lane]; tiles of TL_ROWS input pixels gather t[o] = r[o] mt[o] of the outputs that they reach. */
+#include "tl_math.h"
+#include "tl_round.h"
+#include "tl_tile.h"
+
+int32_t tl_conv2d_dx_scratch(const tl_conv *c)
+{
+    return 4 + c->kh * c->kw * (c->out_c / c->groups) * (TL_LANES + 4 * TL_ROWS);
+}
+
+/* out[(tap, o)][lane] = weight of output channel o of the group and input channels i0 .. i0 + count - 1 of the group. */
+static void pack_weights(const tl_conv *c, tl_weights w, int32_t group, int32_t i0, int32_t count, int8_t *restrict out)
+{
+    const int32_t taps = c->kh * c->kw, cg = c->in_c / c->groups, og = c->out_c / c->groups;
+    const int32_t frozen = cg - w.n;
+    int32_t first = 0; /* trained channels below i0 */
+    while (w.channels && first < w.n && w.channels[first] < i0) first++;
+    if (count < TL_LANES) memset(out, 0, (size_t)(taps * og * TL_LANES));
+    for (int32_t tap = 0; tap < taps; tap++) {
+        for (int32_t o = 0; o < og; o++, out += TL_LANES) {
+            const int32_t at = (group * og + o) * taps + tap;
+            if (!w.channels) {
+                memcpy(out, (w.n ? w.trained : w.frozen) + at * cg + i0, (size_t)count);
+                continue;
+            }
+            const int8_t *f = w.frozen + at * frozen + i0 - first, *t = w.trained + at * w.n + first;
+            for (int32_t j = 0, below = first; j < count; j++) {
+                const int trained = below < w.n && w.channels[below] == i0 + j;
+                out[j] = trained ? *t++ : *f++;
+                below += trained;
+            }
+        }
+    }
+}
+
+/* to[o] = r[o] mt[o]. */
+static void scale(const int8_t *restrict r, const int16_t *restrict mt, int32_t n, int32_t *restrict to)
+{
+    for (int32_t o = 0; o < n; o++) to[o] = r[o] * mt[o];
+}
+
+/* The scaled output gradients that input pixel (iy, ix) reaches, [tap][output channel of the group]; else 0. */
+static void gather(const tl_conv *c, tl_view r, const int16_t *mt, int32_t iy, int32_t ix, int32_t o0, int32_t og,
+                   int32_t *restrict to)
+{
+    for (int32_t ky = 0; ky < c->kh; ky++) {
+        const int32_t ay = iy + c->pad_h - ky * c->dil_h, oy = ay / c->stride_h;
+        const int in_rows = ay >= 0 && ay % c->stride_h == 0 && oy < c->out_h;
+        for (int32_t kx = 0; kx < c->kw; kx++, to += og) {
+            const int32_t ax = ix + c->pad_w - kx * c->dil_w, ox = ax / c->stride_w;
+            if (!in_rows || ax < 0 || ax % c->stride_w != 0 || ox >= c->out_w) {
+                memset(to, 0, (size_t)og * sizeof *to);
+                continue;
+            }
+            scale(r.data + (oy % r.ring) * r.row + ox * r.pixel + o0, mt + o0, og, to);
+        }
+    }
+}
+
+void tl_conv2d_dx_s8(tl_step *step, const tl_conv *c, const tl_dx_scale *v, tl_weights w, tl_grad g, const tl_site *site,
+                     int8_t *rx, int32_t y0, int32_t y1, void *scratch)
+{
+    const int32_t cg = c->in_c / c->groups, og = c->out_c / c->groups, n = c->kh * c->kw * og;
+    const int32_t pixels = (y1 - y0) * c->in_w;
+    int32_t *patch = (int32_t *)scratch + 1;
+    int8_t *packed = (int8_t *)(patch + TL_ROWS * n);
+    tl_round r;
+    tl_round_begin(&r, step, site, v, 0, g.e, c->in_w, c->in_c, scratch, y0 == 0);
+    for (int32_t c0 = 0, group = 0; c0 < c->in_c; group = c0 / cg) {
+        const int32_t count = TL_MIN(TL_LANES, (group + 1) * cg - c0);
+        pack_weights(c, w, group, c0 - group * cg, count, packed);
+        tl_round_lanes(&r, c0, count);
+        for (int32_t p0 = 0; p0 < pixels; p0 += TL_ROWS) {
+            const int32_t rows = TL_MIN(TL_ROWS, pixels - p0);
+            int32_t acc[TL_ROWS][TL_LANES];
+            for (int32_t p = 0; p < rows; p++)
+                gather(c, g.r, v->mt, y0 + (p0 + p) / c->in_w, (p0 + p) % c->in_w, group * og, og, patch + p * n);
+            for (int32_t p = rows; p < TL_ROWS; p++) memset(patch + p * n, 0, (size_t)n * sizeof *patch);
+            memset(acc, 0, sizeof acc);
+            tl_tile(patch, packed, n, acc);
+            for (int32_t p = 0; p < rows; p++) {
+                const int32_t iy = y0 + (p0 + p) / c->in_w, ix = (p0 + p) % c->in_w;
+                tl_round_pixel(&r, iy, ix, acc[p], rx + (iy * c->in_w + ix) * c->in_c + c0);
+            }
+        }
+        c0 += count;
+    }
+    tl_round_end(&r, y1 == c->in_h);
+}
