@@ -10,25 +10,29 @@ _LANES, _ROWS = 16, 8  # of the inner tile, csrc/kernels/tl_tile.h
 _CHUNK = 256
 
 
+def _even(n: int) -> int:
+    return (n + 1) // 2 * 2
+
+
 def conv2d_scratch(
     in_h: int, in_w: int, in_c: int, out_h: int, out_w: int, out_c: int, kh: int, kw: int, groups: int, kept: int
 ) -> int:
     """tl_conv2d_s8: the weights of a block of outputs, and a tile of input patches."""
-    return kh * kw * (in_c // groups) * (_LANES + 4 * _ROWS)
+    return _even(kh * kw * (in_c // groups)) * (_LANES + 2 * _ROWS)
 
 
 def conv2d_dx_scratch(
     in_h: int, in_w: int, in_c: int, out_h: int, out_w: int, out_c: int, kh: int, kw: int, groups: int, kept: int
 ) -> int:
     """tl_conv2d_dx_s8: as forward, with output channels, and the statistics of the rounding."""
-    return 4 + kh * kw * (out_c // groups) * (_LANES + 4 * _ROWS)
+    return 4 + _even(kh * kw * (out_c // groups)) * (_LANES + 2 * _ROWS)
 
 
 def conv2d_dw_scratch(
     in_h: int, in_w: int, in_c: int, out_h: int, out_w: int, out_c: int, kh: int, kw: int, groups: int, kept: int
 ) -> int:
     """tl_conv2d_dw_s8: a chunk of pixels of a tile of inputs and of a block of gradients."""
-    return min(_CHUNK, out_h * out_w) * (_LANES + 4 * _ROWS)
+    return _even(min(_CHUNK, out_h * out_w)) * (_LANES + 2 * _ROWS)
 
 
 def depthwise_scratch(

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final, Protocol
@@ -416,7 +416,7 @@ class Run:
         """The checkpoint, from which alone a run resumes, and the plain state beside it."""
         self._at.seconds = self._elapsed()
         arrays = self._session.state()
-        progress = {"settings": self._settings(), "position": asdict(self._at)}
+        progress = {"settings": self._settings(), "position": _fields(self._at)}
         statefile.save(TrainedState(self._meta, arrays, progress), self._out / CHECKPOINT_FILE)
         if self._at.step == 0 or self._stop.asked:
             statefile.save(TrainedState(self._meta, arrays), self._out / STATE_FILE)
@@ -504,6 +504,10 @@ class Run:
         }
 
 
+def _fields(at: _Position) -> dict[str, Any]:
+    return {f.name: getattr(at, f.name) for f in fields(at)}
+
+
 def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -514,7 +518,7 @@ def _read_progress(path: Path, state: TrainedState) -> tuple[_Position, dict[str
     progress = state.progress or {}
     raw: Any = progress.get("position")
     settings: Any = progress.get("settings")
-    blank = asdict(_Position())
+    blank = _fields(_Position())
     usable = isinstance(raw, dict) and isinstance(settings, dict) and raw.keys() == blank.keys()
     if not usable or not all(_like(raw[name], value) for name, value in blank.items()):
         raise UsageError(f"{path}: not the checkpoint of a run; leave out --resume and give --overwrite to begin again")

@@ -37,7 +37,11 @@ class Report:
             return
         from rich.console import Console
 
-        console = Console(highlight=False)
+        class Output(Console):
+            def on_broken_pipe(self) -> None:
+                raise BrokenPipeError  # rich would end the program with the exit code of a bug
+
+        console = Output(highlight=False)
         for t in self.tables:
             console.print(_rich_table(t))
         for line in self.lines:

@@ -1,48 +1,46 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* General convolution, forward. For each block of TL_LANES output channels the weights are transposed once to
- * [tap][channel][lane]; then tiles of TL_ROWS output pixels are gathered as x - x_zero and multiplied. */
+/* General convolution, forward. For each block of TL_LANES output channels the weights are packed once, terms being
+ * (tap, channel); then tiles of TL_ROWS output pixels are gathered as x - x_zero and multiplied. */
 #include "tl_math.h"
 #include "tl_round.h"
 #include "tl_tile.h"
 
 int32_t tl_conv2d_scratch(const tl_conv *c)
 {
-    return c->kh * c->kw * (c->in_c / c->groups) * (TL_LANES + 4 * TL_ROWS);
+    return TL_EVEN(c->kh * c->kw * (c->in_c / c->groups)) * (TL_LANES + 2 * TL_ROWS);
 }
 
-/* out[k][lane] = weight (tap, channel) = k of output channels o0 .. o0 + count - 1; lanes past count are 0. */
-static void pack_weights(const tl_conv *c, tl_weights w, int32_t o0, int32_t count, int8_t *restrict out)
+/* Packs the weights of output channels o0 .. o0 + count - 1; lanes past count are 0. */
+static void pack_weights(const tl_conv *c, tl_weights w, int32_t o0, int32_t count, int8_t *restrict packed)
 {
-    const int32_t taps = c->kh * c->kw, cg = c->in_c / c->groups;
-    const int32_t frozen = cg - w.n;
-    if (count < TL_LANES) memset(out, 0, (size_t)(taps * cg * TL_LANES));
+    const int32_t taps = c->kh * c->kw, cg = c->in_c / c->groups, n = taps * cg, frozen = cg - w.n;
+    if (count < TL_LANES || (n & 1)) memset(packed, 0, (size_t)(TL_EVEN(n) * TL_LANES));
     for (int32_t j = 0; j < count; j++) {
-        const int8_t *f = w.frozen + (frozen ? (o0 + j) * taps * frozen : 0);
-        const int8_t *t = w.trained + (w.n ? (o0 + j) * taps * w.n : 0);
-        int8_t *to = out + j;
+        const int8_t *f = frozen ? w.frozen + (o0 + j) * taps * frozen : NULL;
+        const int8_t *t = w.n ? w.trained + (o0 + j) * taps * w.n : NULL;
         if (!w.channels) {
             const int8_t *from = w.n ? t : f;
-            for (int32_t k = 0; k < taps * cg; k++) to[k * TL_LANES] = from[k];
+            for (int32_t k = 0; k < (n & ~1); k += 2) memcpy(packed + TL_PACKED(k, j), from + k, 2);
+            if (n & 1) packed[TL_PACKED(n - 1, j)] = from[n - 1];
             continue;
         }
-        for (int32_t tap = 0; tap < taps; tap++) {
-            for (int32_t i = 0, below = 0; i < cg; i++, to += TL_LANES) {
-                const int trained = below < w.n && w.channels[below] == i;
-                *to = trained ? *t++ : *f++;
-                below += trained;
-            }
+        for (int32_t k = 0, i = 0, below = 0; k < n; k++) {
+            const int trained = below < w.n && w.channels[below] == i;
+            packed[TL_PACKED(k, j)] = trained ? *t++ : *f++;
+            below += trained;
+            if (++i == cg) i = below = 0;
         }
     }
 }
 
 /* to[i] = from[i] - zero. */
-static void widen(const int8_t *restrict from, int32_t zero, int32_t n, int32_t *restrict to)
+static void widen(const int8_t *restrict from, int32_t zero, int32_t n, int16_t *restrict to)
 {
-    for (int32_t i = 0; i < n; i++) to[i] = from[i] - zero;
+    for (int32_t i = 0; i < n; i++) to[i] = (int16_t)(from[i] - zero);
 }
 
 /* The input of output pixel (oy, ox) for channels i0 .. i0 + cg - 1: [tap][channel], padding is 0. */
-static void gather(const tl_conv *c, tl_view x, int32_t oy, int32_t ox, int32_t i0, int32_t cg, int32_t *restrict to)
+static void gather(const tl_conv *c, tl_view x, int32_t oy, int32_t ox, int32_t i0, int32_t cg, int16_t *restrict to)
 {
     for (int32_t ky = 0; ky < c->kh; ky++) {
         const int32_t iy = oy * c->stride_h - c->pad_h + ky * c->dil_h;
@@ -54,6 +52,34 @@ static void gather(const tl_conv *c, tl_view x, int32_t oy, int32_t ox, int32_t 
                 continue;
             }
             widen(row + ix * x.pixel, c->x_zero, cg, to);
+        }
+    }
+}
+
+/* Whether neighboring output pixels read neighboring inputs, all of a pixel's channels: then a tile is one run. */
+static int is_pointwise(const tl_conv *c, tl_view x)
+{
+    const int one = (c->kh | c->kw | c->stride_h | c->stride_w | c->groups) == 1;
+    return one && !c->pad_h && !c->pad_w && x.pixel == c->in_c && x.row == c->in_w * c->in_c && x.ring >= c->in_h;
+}
+
+/* patch[row][n] = inputs of the output pixels p0 .. p0 + rows - 1 of the range that begins at row y0; the rest is 0. */
+static void gather_tile(const tl_conv *c, tl_view x, int32_t y0, int32_t p0, int32_t rows, int32_t group,
+                        int16_t *restrict patch)
+{
+    const int32_t cg = c->in_c / c->groups, terms = c->kh * c->kw * cg, n = TL_EVEN(terms);
+    if (rows < TL_ROWS) memset(patch + rows * n, 0, (size_t)((TL_ROWS - rows) * n) * sizeof *patch);
+    if (n == terms && is_pointwise(c, x)) {
+        widen(x.data + (y0 * c->out_w + p0) * n, c->x_zero, rows * n, patch);
+        return;
+    }
+    int32_t oy = y0 + p0 / c->out_w, ox = p0 % c->out_w;
+    for (int32_t p = 0; p < rows; p++, patch += n) {
+        gather(c, x, oy, ox, group * cg, cg, patch);
+        if (terms < n) patch[terms] = 0;
+        if (++ox == c->out_w) {
+            ox = 0;
+            oy++;
         }
     }
 }
@@ -92,27 +118,29 @@ static inline void store_lanes(const lanes *l, const tl_requant *q, const int32_
             v[j] = tl_clamp(tl_sat32((int64_t)tl_mbqm(acc[j], l->mult[j], l->shift[j]) + q->y_zero), q->lo, q->hi);
     }
     for (int32_t j = 0; j < TL_LANES; j++) b[j] = (int8_t)v[j];
-    memcpy(out, b, (size_t)count);
+    if (count == TL_LANES) {
+        memcpy(out, b, TL_LANES);
+    } else {
+        memcpy(out, b, (size_t)count);
+    }
 }
 
 void tl_conv2d_s8(const tl_conv *c, const tl_requant *q, tl_weights w, const int32_t *bias, tl_view x, tl_view y,
                   int32_t y0, int32_t y1, void *scratch)
 {
-    const int32_t cg = c->in_c / c->groups, og = c->out_c / c->groups, n = c->kh * c->kw * cg;
+    const int32_t cg = c->in_c / c->groups, og = c->out_c / c->groups, terms = c->kh * c->kw * cg, n = TL_EVEN(terms);
     const int32_t pixels = (y1 - y0) * c->out_w;
-    int32_t *patch = scratch;
+    int16_t *patch = scratch;
     int8_t *packed = (int8_t *)(patch + TL_ROWS * n);
     lanes l;
     for (int32_t o0 = 0, group = 0; o0 < c->out_c; group = o0 / og) {
         const int32_t count = TL_MIN(TL_LANES, (group + 1) * og - o0);
         pack_weights(c, w, o0, count, packed);
-        load_lanes(&l, q, bias, n, o0, count);
+        load_lanes(&l, q, bias, terms, o0, count);
         for (int32_t p0 = 0; p0 < pixels; p0 += TL_ROWS) {
             const int32_t rows = TL_MIN(TL_ROWS, pixels - p0);
             int32_t acc[TL_ROWS][TL_LANES];
-            for (int32_t p = 0; p < rows; p++)
-                gather(c, x, y0 + (p0 + p) / c->out_w, (p0 + p) % c->out_w, group * cg, cg, patch + p * n);
-            for (int32_t p = rows; p < TL_ROWS; p++) memset(patch + p * n, 0, (size_t)n * sizeof *patch);
+            gather_tile(c, x, y0, p0, rows, group, patch);
             for (int32_t p = 0; p < TL_ROWS; p++) memcpy(acc[p], l.bias, sizeof l.bias);
             tl_tile(patch, packed, n, acc);
             for (int32_t p = 0; p < rows; p++) {

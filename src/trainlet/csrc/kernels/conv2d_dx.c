@@ -1,49 +1,57 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Input gradient of a general convolution. For each block of TL_LANES input channels the weights are brought to
- * [tap][output channel][lane]; tiles of TL_ROWS input pixels gather t[o] = r[o] mt[o] of the outputs that they reach. */
+/* Input gradient of a general convolution. For each block of TL_LANES input channels the weights are packed once,
+ * terms being (tap, output channel); tiles of TL_ROWS input pixels gather t[o] = r[o] mt[o] of the outputs that they reach. */
 #include "tl_math.h"
 #include "tl_round.h"
 #include "tl_tile.h"
 
 int32_t tl_conv2d_dx_scratch(const tl_conv *c)
 {
-    return 4 + c->kh * c->kw * (c->out_c / c->groups) * (TL_LANES + 4 * TL_ROWS);
+    return 4 + TL_EVEN(c->kh * c->kw * (c->out_c / c->groups)) * (TL_LANES + 2 * TL_ROWS);
 }
 
-/* out[(tap, o)][lane] = weight of output channel o of the group and input channels i0 .. i0 + count - 1 of the group. */
-static void pack_weights(const tl_conv *c, tl_weights w, int32_t group, int32_t i0, int32_t count, int8_t *restrict out)
+/* The weights of one output channel and tap for input channels i0 .. i0 + count - 1 of the group, in `row` where they
+ * must be merged; `first` trained channels lie below i0. */
+static const int8_t *weight_row(const tl_conv *c, tl_weights w, int32_t at, int32_t i0, int32_t count, int32_t first,
+                                int8_t *row)
 {
-    const int32_t taps = c->kh * c->kw, cg = c->in_c / c->groups, og = c->out_c / c->groups;
-    const int32_t frozen = cg - w.n;
-    int32_t first = 0; /* trained channels below i0 */
+    const int32_t cg = c->in_c / c->groups, frozen = cg - w.n;
+    if (!w.channels) return (w.n ? w.trained : w.frozen) + at * cg + i0;
+    const int8_t *f = w.frozen + at * frozen + i0 - first, *t = w.trained + at * w.n + first;
+    for (int32_t j = 0, below = first; j < TL_LANES && j < count; j++) {
+        const int trained = below < w.n && w.channels[below] == i0 + j;
+        row[j] = trained ? *t++ : *f++;
+        below += trained;
+    }
+    return row;
+}
+
+/* Packs the weights of input channels i0 .. i0 + count - 1 of a group; lanes past count are 0. */
+static void pack_weights(const tl_conv *c, tl_weights w, int32_t group, int32_t i0, int32_t count,
+                         int8_t *restrict packed)
+{
+    const int32_t taps = c->kh * c->kw, og = c->out_c / c->groups, terms = taps * og;
+    int8_t even[TL_LANES], odd[TL_LANES];
+    int32_t first = 0;
     while (w.channels && first < w.n && w.channels[first] < i0) first++;
-    if (count < TL_LANES) memset(out, 0, (size_t)(taps * og * TL_LANES));
-    for (int32_t tap = 0; tap < taps; tap++) {
-        for (int32_t o = 0; o < og; o++, out += TL_LANES) {
-            const int32_t at = (group * og + o) * taps + tap;
-            if (!w.channels) {
-                memcpy(out, (w.n ? w.trained : w.frozen) + at * cg + i0, (size_t)count);
-                continue;
-            }
-            const int8_t *f = w.frozen + at * frozen + i0 - first, *t = w.trained + at * w.n + first;
-            for (int32_t j = 0, below = first; j < count; j++) {
-                const int trained = below < w.n && w.channels[below] == i0 + j;
-                out[j] = trained ? *t++ : *f++;
-                below += trained;
-            }
-        }
+    if (count < TL_LANES || (terms & 1)) memset(packed, 0, (size_t)(TL_EVEN(terms) * TL_LANES));
+    for (int32_t k = 0; k < terms; k += 2) {
+        const int32_t a = (group * og + k % og) * taps + k / og;
+        const int32_t b = (group * og + (k + 1) % og) * taps + (k + 1) / og;
+        tl_pack_pair(weight_row(c, w, a, i0, count, first, even),
+                     k + 1 < terms ? weight_row(c, w, b, i0, count, first, odd) : NULL, k, count, packed);
     }
 }
 
 /* to[o] = r[o] mt[o]. */
-static void scale(const int8_t *restrict r, const int16_t *restrict mt, int32_t n, int32_t *restrict to)
+static void scale(const int8_t *restrict r, const int16_t *restrict mt, int32_t n, int16_t *restrict to)
 {
-    for (int32_t o = 0; o < n; o++) to[o] = r[o] * mt[o];
+    for (int32_t o = 0; o < n; o++) to[o] = (int16_t)(r[o] * mt[o]);
 }
 
 /* The scaled output gradients that input pixel (iy, ix) reaches, [tap][output channel of the group]; else 0. */
 static void gather(const tl_conv *c, tl_view r, const int16_t *mt, int32_t iy, int32_t ix, int32_t o0, int32_t og,
-                   int32_t *restrict to)
+                   int16_t *restrict to)
 {
     for (int32_t ky = 0; ky < c->kh; ky++) {
         const int32_t ay = iy + c->pad_h - ky * c->dil_h, oy = ay / c->stride_h;
@@ -62,9 +70,9 @@ static void gather(const tl_conv *c, tl_view r, const int16_t *mt, int32_t iy, i
 void tl_conv2d_dx_s8(tl_step *step, const tl_conv *c, const tl_dx_scale *v, tl_weights w, tl_grad g, const tl_site *site,
                      int8_t *rx, int32_t y0, int32_t y1, void *scratch)
 {
-    const int32_t cg = c->in_c / c->groups, og = c->out_c / c->groups, n = c->kh * c->kw * og;
+    const int32_t cg = c->in_c / c->groups, og = c->out_c / c->groups, terms = c->kh * c->kw * og, n = TL_EVEN(terms);
     const int32_t pixels = (y1 - y0) * c->in_w;
-    int32_t *patch = (int32_t *)scratch + 1;
+    int16_t *patch = (int16_t *)scratch + 2;
     int8_t *packed = (int8_t *)(patch + TL_ROWS * n);
     tl_round r;
     tl_round_begin(&r, step, site, v, 0, g.e, c->in_w, c->in_c, scratch, y0 == 0);
@@ -75,9 +83,11 @@ void tl_conv2d_dx_s8(tl_step *step, const tl_conv *c, const tl_dx_scale *v, tl_w
         for (int32_t p0 = 0; p0 < pixels; p0 += TL_ROWS) {
             const int32_t rows = TL_MIN(TL_ROWS, pixels - p0);
             int32_t acc[TL_ROWS][TL_LANES];
-            for (int32_t p = 0; p < rows; p++)
+            for (int32_t p = 0; p < rows; p++) {
                 gather(c, g.r, v->mt, y0 + (p0 + p) / c->in_w, (p0 + p) % c->in_w, group * og, og, patch + p * n);
-            for (int32_t p = rows; p < TL_ROWS; p++) memset(patch + p * n, 0, (size_t)n * sizeof *patch);
+                if (terms < n) patch[p * n + terms] = 0;
+            }
+            if (rows < TL_ROWS) memset(patch + rows * n, 0, (size_t)((TL_ROWS - rows) * n) * sizeof *patch);
             memset(acc, 0, sizeof acc);
             tl_tile(patch, packed, n, acc);
             for (int32_t p = 0; p < rows; p++) {

@@ -3,6 +3,7 @@
  * transposed to [tap][channel] in scratch, so that inner loops run over neighboring channels. */
 #include "tl_math.h"
 #include "tl_round.h"
+#include "tl_tile.h"
 
 #define BLOCK TL_LANES
 
@@ -35,15 +36,17 @@ static void load_block(const tl_conv *c, tl_weights w, int32_t c0, int32_t count
 /* First and past-the-last tap k whose position start + k * dil lies in 0..size-1. */
 static int32_t first_tap(int32_t start, int32_t dil)
 {
-    return start >= 0 ? 0 : (dil - 1 - start) / dil;
+    return start >= 0 ? 0 : dil == 1 ? -start : (dil - 1 - start) / dil;
 }
 
 static int32_t past_tap(int32_t start, int32_t dil, int32_t size, int32_t taps)
 {
-    return start >= size ? 0 : TL_MIN(taps, (size - 1 - start) / dil + 1);
+    const int32_t room = size - 1 - start;
+    return room < 0 ? 0 : TL_MIN(taps, (dil == 1 ? room : room / dil) + 1);
 }
 
-static inline void multiply_add(const int8_t *x, const int32_t *w, int32_t zero, int32_t count, int32_t *acc)
+static void multiply_add(const int8_t *restrict x, const int32_t *restrict w, int32_t zero, int32_t count,
+                         int32_t *restrict acc)
 {
     if (count == BLOCK) {
         for (int32_t j = 0; j < BLOCK; j++) acc[j] += (x[j] - zero) * w[j];
@@ -51,6 +54,7 @@ static inline void multiply_add(const int8_t *x, const int32_t *w, int32_t zero,
     }
     for (int32_t j = 0; j < count; j++) acc[j] += (x[j] - zero) * w[j];
 }
+
 
 /* Constants of a block's requantization; simple: all shifts are to the right and all sums small. */
 typedef struct {
@@ -75,16 +79,51 @@ static void load_requant(requant_block *b, const tl_conv *c, const tl_requant *q
     }
 }
 
-static void store_block(const requant_block *b, const tl_requant *q, const int32_t *acc, int32_t count, int8_t *out)
+static inline void store_block(const requant_block *b, const tl_requant *q, const int32_t *acc, int32_t count, int8_t *out)
 {
     int32_t v[BLOCK];
+    int8_t bytes[BLOCK];
     if (b->simple) {
-        for (int32_t j = 0; j < BLOCK; j++) v[j] = tl_mbqm_fast(acc[j], b->mult[j], b->n[j], b->half[j], b->some[j]);
+        for (int32_t j = 0; j < BLOCK; j++)
+            v[j] = tl_clamp(tl_mbqm_fast(acc[j], b->mult[j], b->n[j], b->half[j], b->some[j]) + q->y_zero, q->lo, q->hi);
     } else {
-        for (int32_t j = 0; j < BLOCK; j++) v[j] = tl_mbqm(acc[j], b->mult[j], b->shift[j]);
+        for (int32_t j = 0; j < BLOCK; j++)
+            v[j] = tl_clamp(tl_sat32((int64_t)tl_mbqm(acc[j], b->mult[j], b->shift[j]) + q->y_zero), q->lo, q->hi);
     }
-    for (int32_t j = 0; j < BLOCK; j++) v[j] = tl_clamp(tl_sat32((int64_t)v[j] + q->y_zero), q->lo, q->hi);
-    for (int32_t j = 0; j < count; j++) out[j] = (int8_t)v[j];
+    for (int32_t j = 0; j < BLOCK; j++) bytes[j] = (int8_t)v[j];
+    if (count == TL_LANES) {
+        memcpy(out, bytes, TL_LANES);
+    } else {
+        memcpy(out, bytes, (size_t)count);
+    }
+}
+
+/* The taps ky0 .. ky1 - 1, kx0 .. kx1 - 1 of a kernel. */
+typedef struct {
+    int32_t ky0, ky1, kx0, kx1;
+} taps;
+
+#define ROWS 8
+
+/* Adds the products of the taps that lie inside the input, for the window whose corner is (top, left). */
+static void sum_taps(const tl_conv *c, tl_view x, const taps *t, int32_t top, int32_t left, int32_t c0, int32_t count,
+                     const int32_t *weights, int32_t *acc)
+{
+    const int32_t step = c->dil_w * x.pixel, w_row = c->kw * BLOCK;
+    const int32_t column = (left + t->kx0 * c->dil_w) * x.pixel + c0;
+    const int8_t *rows[ROWS];
+    for (int32_t ky = t->ky0; ky < t->ky1; ky += ROWS) {
+        const int32_t n = TL_MIN(ROWS, t->ky1 - ky);
+        const int32_t *w = weights + ky * w_row + t->kx0 * BLOCK;
+        for (int32_t i = 0; i < n; i++) rows[i] = x.data + (top + (ky + i) * c->dil_h) % x.ring * x.row + column;
+        if (count == BLOCK) {
+            tl_tile_taps(rows, n, t->kx1 - t->kx0, step, c->x_zero, w, w_row, acc);
+            continue;
+        }
+        for (int32_t i = 0; i < n; i++)
+            for (int32_t kx = 0; kx < t->kx1 - t->kx0; kx++)
+                multiply_add(rows[i] + kx * step, w + i * w_row + kx * BLOCK, c->x_zero, count, acc);
+    }
 }
 
 int32_t tl_depthwise_scratch(const tl_conv *c)
@@ -104,19 +143,15 @@ void tl_depthwise_s8(const tl_conv *c, const tl_requant *q, tl_weights w, const 
         for (int32_t oy = y0; oy < y1; oy++) {
             const int32_t top = oy * c->stride_h - c->pad_h;
             const int32_t ky0 = first_tap(top, c->dil_h), ky1 = past_tap(top, c->dil_h, c->in_h, c->kh);
-            for (int32_t ox = 0; ox < c->out_w; ox++) {
+            int8_t *out = y.data + (oy % y.ring) * y.row + c0;
+            for (int32_t ox = 0; ox < c->out_w; ox++, out += y.pixel) {
                 const int32_t left = ox * c->stride_w - c->pad_w;
                 const int32_t kx0 = first_tap(left, c->dil_w), kx1 = past_tap(left, c->dil_w, c->in_w, c->kw);
+                const taps t = {ky0, ky1, kx0, kx1};
                 int32_t acc[BLOCK];
-                for (int32_t j = 0; j < BLOCK; j++) acc[j] = b.bias[j];
-                for (int32_t ky = ky0; ky < ky1; ky++) {
-                    const int32_t iy = top + ky * c->dil_h;
-                    const int8_t *row = x.data + (iy % x.ring) * x.row + c0;
-                    for (int32_t kx = kx0; kx < kx1; kx++)
-                        multiply_add(row + (left + kx * c->dil_w) * x.pixel, weights + (ky * c->kw + kx) * BLOCK,
-                                     c->x_zero, count, acc);
-                }
-                store_block(&b, q, acc, count, y.data + (oy % y.ring) * y.row + ox * y.pixel + c0);
+                memcpy(acc, b.bias, sizeof acc);
+                sum_taps(c, x, &t, top, left, c0, count, weights, acc);
+                store_block(&b, q, acc, count, out);
             }
         }
     }
