@@ -43,6 +43,7 @@ class Report:
 
         console = Output(highlight=False)
         for t in self.tables:
+            console.print(t.title, markup=False, soft_wrap=True)  # rich would break it to the width of the table
             console.print(_rich_table(t))
         for line in self.lines:
             console.print(line, markup=False, soft_wrap=True)
@@ -53,7 +54,7 @@ def _rich_table(t: Table) -> Any:
     from rich.markup import escape
     from rich.table import Table as RichTable
 
-    table = RichTable(title=escape(t.title), title_justify="left", box=SIMPLE, show_header=bool(t.headers))
+    table = RichTable(box=SIMPLE, show_header=bool(t.headers))
     width = len(t.rows[0]) if t.rows else len(t.headers)
     for i in range(width):
         header = escape(t.headers[i]) if t.headers else ""

@@ -137,15 +137,21 @@ void tl_conv2d_s8(const tl_conv *c, const tl_requant *q, tl_weights w, const int
         const int32_t count = TL_MIN(TL_LANES, (group + 1) * og - o0);
         pack_weights(c, w, o0, count, packed);
         load_lanes(&l, q, bias, terms, o0, count);
+        int32_t oy = y0, ox = 0;
+        int8_t *to = y.data + oy % y.ring * y.row + o0;
         for (int32_t p0 = 0; p0 < pixels; p0 += TL_ROWS) {
             const int32_t rows = TL_MIN(TL_ROWS, pixels - p0);
             int32_t acc[TL_ROWS][TL_LANES];
             gather_tile(c, x, y0, p0, rows, group, patch);
             for (int32_t p = 0; p < TL_ROWS; p++) memcpy(acc[p], l.bias, sizeof l.bias);
             tl_tile(patch, packed, n, acc);
-            for (int32_t p = 0; p < rows; p++) {
-                const int32_t oy = y0 + (p0 + p) / c->out_w, ox = (p0 + p) % c->out_w;
-                store_lanes(&l, q, acc[p], count, y.data + (oy % y.ring) * y.row + ox * y.pixel + o0);
+            for (int32_t p = 0; p < rows; p++, to += y.pixel) {
+                store_lanes(&l, q, acc[p], count, to);
+                if (++ox == c->out_w) {
+                    ox = 0;
+                    oy++;
+                    to = y.data + oy % y.ring * y.row + o0 - y.pixel;
+                }
             }
         }
         o0 += count;
