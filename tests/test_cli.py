@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
@@ -18,11 +19,13 @@ import numpy as np
 import pytest
 from graphs import float_chain, int8_chain
 from PIL import Image as PilImage
+from rich.console import Console
 
 from trainlet import irfile, statefile
 from trainlet.cli import main
 from trainlet.cli import prepare as prepare_module
 from trainlet.cli.commands import _LR
+from trainlet.cli.output import RichProgress
 from trainlet.errors import DeviceError, MismatchError, ToolMissingError
 from trainlet.train import DEFAULT_LR
 
@@ -192,6 +195,33 @@ def test_arrays_train(files: Path, tmp_path: Path, run: Run) -> None:
     code, found, _ = run(*args, "--out", tmp_path, "--epochs", 1)
     assert code == 0
     assert found["classes"] == ["0", "1", "2"]
+
+
+def test_compile_writes_the_same_bytes_anywhere(files: Path, tmp_path: Path, run: Run) -> None:
+    args = ["compile", "--model", files / "chain.json", "--scheme", "last:1", "--classes", 3, "--out"]
+    code, found, _ = run(*args, tmp_path / "a")
+    assert code == 0
+    assert found["state_bytes"] > 0
+    assert run(*args, tmp_path / "b")[0] == 0
+    trees = [{f.relative_to(d): f.read_bytes() for f in d.rglob("*") if f.is_file()} for d in tmp_path.iterdir()]
+    assert trees[0] == trees[1]
+    command = json.loads(trees[0][Path("manifest.json")])["command"]
+    assert command == "trainlet compile --model chain.json --scheme last:1 --classes 3 --bits 8"
+
+
+def test_progress_shows_bars_on_a_terminal_only() -> None:
+    for terminal in (True, False):
+        progress = RichProgress()
+        screen = io.StringIO()
+        progress._console = Console(file=screen, force_terminal=terminal, width=100)
+        with progress.bar("epoch [1/2]", 3, 1) as advance:
+            advance("loss 0.5")
+            advance("loss 0.4")
+        progress.line("epoch [1/2]: done")
+        shown = screen.getvalue()
+        assert ("3/3" in shown) == terminal
+        assert ("loss 0.4" in shown) == terminal
+        assert "epoch [1/2]: done" in shown
 
 
 # --- interruption -------------------------------------------------------------------------------------------

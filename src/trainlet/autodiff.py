@@ -261,7 +261,8 @@ class Tape:
 
     def _owned_by_no_convolution(self, x: str) -> bool:
         consumers = self.graph.consumers(x)
-        return len(consumers) > 1 and consumers[0].op != "conv2d"
+        reads = sum(n.inputs.count(x) for n in consumers)  # an addition of x to itself reads it twice
+        return reads > 1 and consumers[0].op != "conv2d"
 
     def _choose(self, node: Node) -> Node:
         """A forward node with its trained parameters turned into states."""
@@ -319,8 +320,8 @@ def differentiate(graph: Graph, scheme: UpdateScheme) -> Graph:
     """The TRAIN graph of one step of SGD at batch 1 with cross-entropy loss.
 
     ``graph`` is a verified FLOAT or INT8 graph that ends in a dense head; ``scheme`` names layers of it. New inputs:
-    ``label`` (s32) and ``lr`` (f32); new output: ``loss``. Raises UsageError for a scheme that does not fit the graph and
-    UnsupportedError, naming the layer, where a gradient cannot be had."""
+    ``label`` (s32) and ``lr`` (f32); new output: ``loss``. Raises UsageError for a scheme that does not fit the graph,
+    and UnsupportedError, naming the layer, where a gradient cannot be had."""
     if graph.stage not in (Stage.FLOAT, Stage.INT8):
         raise UsageError(f"{graph.name}: only a model is differentiated, not a graph of stage {graph.stage.value!r}")
     step = Tape(graph, check_scheme(scheme, graph)).run()

@@ -28,7 +28,8 @@ def find_compiler(cc: str | None = None) -> str:
         path = shutil.which(name)
         if path:
             return path
-    what = f"the C compiler {wanted!r} was not found" if wanted else "no C compiler was found (looked for cc, gcc, clang)"
+    none = "no C compiler was found (looked for cc, gcc, clang)"
+    what = f"the C compiler {wanted!r} was not found" if wanted else none
     raise ToolMissingError(f"{what}; install one, on Debian with: apt-get install gcc libc6-dev")
 
 
@@ -56,7 +57,8 @@ def cache_dir() -> Path:
 def kernel_sources() -> dict[str, str]:
     """All kernel files by name, headers included."""
     folder = resources.files("trainlet") / "csrc" / "kernels"
-    return {f.name: f.read_text() for f in sorted(folder.iterdir(), key=lambda f: f.name) if f.name[-2:] in (".c", ".h")}
+    files = sorted(folder.iterdir(), key=lambda f: f.name)
+    return {f.name: f.read_text() for f in files if f.name[-2:] in (".c", ".h")}
 
 
 def _run(command: Sequence[str]) -> None:
@@ -82,10 +84,8 @@ def build_library(sources: Mapping[str, str], *, cc: str | None = None, extra: S
         for name, text in {**kernels, **sources}.items():
             (folder / name).write_text(text)
         jobs = [n for n in (*sources, *kernels) if n.endswith(".c")]
-        own = {k: v for k, v in sources.items()}
-
         def compile_one(name: str) -> str:
-            text = own if name in own else {name: kernels[name]}
+            text = sources if name in sources else {name: kernels[name]}
             parts = (f"{k}\n{v}" for k, v in sorted({**headers, **text}.items()))
             made = base / f"{_digest(compiler_version(cc), *flags, name, *parts)}.o"
             if not made.exists():

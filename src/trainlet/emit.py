@@ -149,7 +149,7 @@ class Emitter:
         n = len(channels)
         if n == w.shape[axis]:
             return f"(tl_weights){{NULL, {self.ptr(trained[0])}, NULL, {n}}}"
-        frozen = self.table(f"{weight}.frozen", np.delete(w, channels, axis))
+        frozen = self.table(f"{weight}.frozen", np.delete(w, channels.astype(np.int64), axis))
         return f"(tl_weights){{{frozen}, {self.ptr(trained[0])}, {self.ptr(trained[1])}, {n}}}"
 
     def mask(self, source: MaskFrom, clamp: tuple[float, float] | None, name: str) -> str:
@@ -189,7 +189,8 @@ def emit_conv2d(e: Emitter, n: Node) -> str:
     kernel = "tl_depthwise_s8" if a.depthwise else "tl_conv2d_s8"
     w = e.weights(a, n.inputs[1], n.inputs[4:])
     rows = e.value(y).shape[0]
-    return call(kernel, e.conv(n, e.zero(x)), f"&{q}", w, e.ptr(n.inputs[2]), e.view(x), e.view(y), 0, rows, e.scratch(n))
+    bias = e.ptr(n.inputs[2])
+    return call(kernel, e.conv(n, e.zero(x)), f"&{q}", w, bias, e.view(x), e.view(y), 0, rows, e.scratch(n))
 
 
 def emit_add(e: Emitter, n: Node) -> str:
@@ -251,7 +252,7 @@ def emit_check_lr(e: Emitter, n: Node) -> str:
 
 def emit_softmax_xent(e: Emitter, n: Node) -> str:
     k = e.value(n.inputs[0]).size
-    loss, g = n.outputs
+    g = n.outputs[1]  # the loss goes to the context
     return call("tl_softmax_xent_f32", e.ptr(n.inputs[0]), k, "c->label", "&c->loss", e.ptr(g))
 
 

@@ -110,4 +110,5 @@ class AddScale:
 def add_scale(a: float, b: float, y: float) -> AddScale:
     """Constants of an addition of tensors with scales ``a`` and ``b`` to one with scale ``y``."""
     twice = 2 * max(a, b)
-    return AddScale(quantize_multiplier(a / twice), quantize_multiplier(b / twice), quantize_multiplier(twice / (2**20 * y)))
+    out = quantize_multiplier(twice / (2**20 * y))
+    return AddScale(quantize_multiplier(a / twice), quantize_multiplier(b / twice), out)

@@ -90,8 +90,9 @@ C99 that runs and trains this model: `{command}`.
     cmake -B build && cmake --build build && build/example
 
 trains on two synthetic images and compares every byte of the trained state with `test_vectors/`.
-`src/{name}.h` is the interface. The caller gives {compiled.plan.arena_bytes} bytes of working memory (`{upper}_ARENA_BYTES`)
-and {compiled.layout.nbytes} bytes that hold what is trained (`{upper}_STATE_BYTES`), both aligned to 4 bytes.
+`src/{name}.h` is the interface. The caller gives two blocks of memory, aligned to 4 bytes:
+{compiled.plan.arena_bytes} bytes to work in (`{upper}_ARENA_BYTES`) and {compiled.layout.nbytes} bytes that hold what is
+trained (`{upper}_STATE_BYTES`).
 Compile with `-ffp-contract=off` and without fast math: the bytes depend on it.
 
 The code is under the Apache License 2.0. The weights in `src/{name}_data.h` stay under the model's own license.
@@ -102,7 +103,8 @@ def package_files(compiled: Compiled, command: str) -> dict[str, bytes]:
     """All files of the folder by relative path, ``manifest.json`` included."""
     e = expected(compiled)
     prefix = compiled.sources.prefix
-    vectors = {"seed": SEED, "lr": LR, "steps": STEPS, "loss": e.losses, "prediction": e.predictions, "logits": e.logits}
+    vectors = {"seed": SEED, "lr": LR, "steps": STEPS, "loss": e.losses}
+    vectors |= {"prediction": e.predictions, "logits": e.logits}
     text: dict[str, str] = {
         **{f"src/{k}": v for k, v in kernel_sources().items()},
         **{f"src/{k}": v for k, v in compiled.sources.files.items()},

@@ -174,14 +174,15 @@ def _count(shape: tuple[int, ...], ratio: float, depthwise: bool, layer: str) ->
 
 
 def selected_channels(
-    weight: NDArray[np.int8], ratio: float, depthwise: bool, layer: str = "weight"
+    weight: NDArray[np.generic], ratio: float, depthwise: bool, layer: str = "weight"
 ) -> NDArray[np.uint16]:
     """The input channels of a layer whose weights train, ascending: those with the largest sum of squares of the int8
     ``weight`` (C_out, kh, kw, C_in/groups), or (C, kh, kw, 1) where ``depthwise``; ties go to the lower index. The same
     ones apply in every group. ``layer`` is for the UsageError where ``ratio`` selects nothing."""
     count = _count(weight.shape, ratio, depthwise, layer)
     axes = (1, 2, 3) if depthwise else (0, 1, 2)
-    squares = np.square(weight.astype(np.int64)).sum(axis=axes)
+    wide = weight.astype(np.int64 if weight.dtype.kind == "i" else np.float64)
+    squares = np.square(wide).sum(axis=axes)
     best = np.argsort(-squares, kind="stable")[:count]
     return np.sort(best).astype(np.uint16)
 

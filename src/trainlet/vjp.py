@@ -48,6 +48,10 @@ class Shared:
     grad: str
 
 
+def _hw(v: Value) -> tuple[int, int]:
+    return v.shape[0], v.shape[1]
+
+
 def vjp_conv2d(tape: Tape, node: Node, g: str) -> None:
     """dL/dx = conv_transpose(g, W); dL/dW = x * g; dL/db = sum of g."""
     a = node.attrs
@@ -60,7 +64,7 @@ def vjp_conv2d(tape: Tape, node: Node, g: str) -> None:
                 "train no layer before it"
             )
         acc = Value(f"{node.name}.dx", x.shape, tape.sums, exponent=tape.value(g).exponent)
-        tape.emit("conv2d_dx", acc.name, node.layer, (g, *tape.weights_of(node)), Conv2dDx(a, x.shape[:2]), acc)
+        tape.emit("conv2d_dx", acc.name, node.layer, (g, *tape.weights_of(node)), Conv2dDx(a, _hw(x)), acc)
         tape.reach(x.name, node, Sums(acc.name, tape.scale_of(node), node))
     _update_weight(tape, node, a, g)
     _update_bias(tape, node, a, g)
@@ -74,8 +78,8 @@ def _update_weight(tape: Tape, node: Node, a: Conv2d, g: str) -> None:
     pixels = y.shape[0] * y.shape[1]
     if pixels > MAX_UPDATE_PIXELS:
         raise UnsupportedError(
-            f"{node.layer}: it has {pixels} output pixels, more than the {MAX_UPDATE_PIXELS} whose weight gradient fits "
-            "32 bits; train its bias only, or use a smaller image"
+            f"{node.layer}: it has {pixels} output pixels, more than the {MAX_UPDATE_PIXELS} whose weight gradient "
+            "fits 32 bits; train its bias only, or use a smaller image"
         )
     slot = tape.value(g).exponent
     shape = tape.value(choice.weight).shape
@@ -114,12 +118,12 @@ def vjp_avg_pool(tape: Tape, node: Node, g: str) -> None:
     x = tape.value(node.inputs[0])
     if a.kernel != x.shape[:2] or any(a.pads) or tape.value(g).dtype != "f32" or len(tape.value(g).shape) != 1:
         raise UnsupportedError(
-            f"{node.layer}: gradients pass a global average pool in front of the head, not a {a.kernel[0]}x{a.kernel[1]} "
-            "pool; train no layer before it"
+            f"{node.layer}: gradients pass a global average pool in front of the head, not a "
+            f"{a.kernel[0]}x{a.kernel[1]} pool; train no layer before it"
         )
     grad = Value(f"{x.name}.pool_grad", (1, 1, x.shape[2]), tape.gradient, exponent=tape.new_exponent())
     stream = tape.feature_stream if tape.integer else -1
-    tape.emit("avg_pool_dx", f"{node.name}.dx", node.layer, (g,), AvgPoolDx(x.shape[:2], stream), grad)
+    tape.emit("avg_pool_dx", f"{node.name}.dx", node.layer, (g,), AvgPoolDx(_hw(x), stream), grad)
     tape.reach(x.name, node, Shared(grad.name))
 
 

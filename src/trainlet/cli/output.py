@@ -91,11 +91,11 @@ class RichProgress:
             yield lambda text: None
             return
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
         )
         with Progress(*columns, console=self._console, transient=True) as progress:
             task = progress.add_task(title, total=total, completed=done, text="")

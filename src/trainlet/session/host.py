@@ -21,7 +21,7 @@ _STATUS = {
     3: (UsageError, "the memory is smaller than the model's arena ({arena} bytes) or state ({state} bytes)"),
     4: (UsageError, "the arena or the state is not aligned to 4 bytes"),
     5: (UsageError, "the learning rate {lr} is negative, not a finite number, or too large for a layer's scale"),
-    6: (MismatchError, "a logit or a feature gradient is not a finite number; nothing has changed: use a smaller learning rate"),
+    6: (MismatchError, "a logit or a feature gradient is not a finite number, and nothing has changed; lower the rate"),
     7: (UsageError, "the image was not fed row by row from the first to the last row"),
     8: (UsageError, "the saved state is damaged or belongs to another model or scheme"),
 }  # fmt: skip
@@ -59,7 +59,9 @@ def _aligned(nbytes: int) -> NDArray[np.uint8]:
 class HostSession:
     """Runs a compiled model on this machine; see ``Session``. ``flags`` are added to the compiler's."""
 
-    def __init__(self, compiled: Compiled, cc: str | None = None, *, flags: Sequence[str] = NATIVE, seed: int = 0) -> None:
+    def __init__(
+        self, compiled: Compiled, cc: str | None = None, *, flags: Sequence[str] = NATIVE, seed: int = 0
+    ) -> None:
         self.compiled = compiled
         self.arena_bytes = compiled.plan.arena_bytes
         self.state_bytes = compiled.layout.nbytes
@@ -111,12 +113,14 @@ class HostSession:
         if status == 0:
             return
         error, text = _STATUS[status]
-        raise error(text.format(label=label, last=self.classes - 1, lr=lr, arena=self.arena_bytes, state=self.state_bytes))
+        sizes = {"arena": self.arena_bytes, "state": self.state_bytes}
+        raise error(text.format(label=label, last=self.classes - 1, lr=lr, **sizes))
 
     def _image(self, image: Image) -> ctypes.c_void_p:
         if image.dtype != np.int8 or image.shape != self._shape:
             want = "x".join(map(str, self._shape))
-            raise UsageError(f"the image is {image.dtype} {'x'.join(map(str, image.shape))}; the model reads int8 {want}")
+            given = "x".join(map(str, image.shape))
+            raise UsageError(f"the image is {image.dtype} {given}; the model reads int8 {want}")
         self._held = np.ascontiguousarray(image)
         return ctypes.c_void_p(self._held.ctypes.data)
 

@@ -53,7 +53,7 @@ class StateCodec:
         return np.frombuffer(data, np.dtype(NUMPY_DTYPE[v.dtype])).reshape(v.shape)
 
     def unpack(self, raw: bytes) -> dict[str, Array]:
-        """Named arrays: ``conv.21.weight`` is the full form F = w 2^L + l (int32) of the channels ``conv.21.channels``."""
+        """Named arrays: ``conv.21.weight`` is the full form F = w 2^L + l of the channels ``conv.21.channels``."""
         seed, step = np.frombuffer(raw[:HEADER_BYTES], np.uint32)
         arrays: dict[str, Array] = {"seed": np.array([seed], np.uint32), "step": np.array([step], np.uint32)}
         arrays["rho"] = np.array([self._read(raw, name)[0] for name in self._rho], np.int8)
@@ -83,7 +83,7 @@ class StateCodec:
         return raw.tobytes()
 
     def pack_values(self, seed: int, step: int, values: Mapping[str, Array]) -> bytes:
-        """The block of bytes from the states by the names they have in the graph, as the reference executor keeps them."""
+        """The block of bytes from states by their names in the graph, as the reference executor keeps them."""
         raw = np.zeros(self.layout.nbytes, np.uint8)
         raw[:HEADER_BYTES] = np.array([seed, step], np.uint32).view(np.uint8)
         for v in self.graph.states():
@@ -93,7 +93,8 @@ class StateCodec:
     def _write(self, raw: NDArray[np.uint8], name: str, data: Array) -> None:
         v = self.graph.values[name]
         at = self.layout.offsets[name]
-        flat = _packed(data.astype(np.int8)) if v.dtype == "s4" else np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        plain = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        flat = _packed(data.astype(np.int8)) if v.dtype == "s4" else plain
         raw[at : at + v.nbytes] = flat
 
     def _write_weight(self, raw: NDArray[np.uint8], name: str, node: Node, arrays: Mapping[str, Array]) -> None:
@@ -101,7 +102,9 @@ class StateCodec:
         assert isinstance(a, FusedDw)
         channels = node.inputs[-1]
         if not np.array_equal(arrays[channels], self.graph.data[channels]):
-            raise UsageError(f"{channels}: the state was trained on other input channels; use the model and scheme it came from")
+            raise UsageError(
+                f"{channels}: the state was trained on other input channels; use the model and scheme it came from"
+            )
         bits = a.sgd.fraction_bits
         full = arrays[_weight_name(name)].astype(np.int64)
         if np.abs(full).max() > 127 << bits:
