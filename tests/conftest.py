@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,26 @@ ASSETS = os.environ.get("TRAINLET_ASSETS", "")
 # The same examples in every run, so that a run without a change gives what the last one gave; machines differ in speed.
 settings.register_profile("trainlet", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("trainlet")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--update-golden: files under tests/golden are rewritten instead of compared."""
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden with what is made now")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """golden(name, text) asserts that tests/golden/NAME holds ``text``, or writes it with --update-golden."""
+
+    def compare(name: str, text: str) -> None:
+        path = Path(__file__).parent / "golden" / name
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        assert path.exists(), f"{path} is missing; pytest --update-golden writes it"
+        assert path.read_text() == text, f"{path} differs; where that is meant, rewrite it with pytest --update-golden"
+
+    return compare
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ input (8, 8, 3) - stem: 3x3 stride 2, activation - depthwise: 3x3, activation - 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from trainlet.ops import (
     SelectChannels,
     SgdBias,
     SgdWeight,
+    conv_out_hw,
     is_depthwise,
 )
 
@@ -37,8 +39,7 @@ PROJECT = Conv2d((1, 1))
 def _integer(conv: Conv2d) -> Conv2d:
     """The same convolution over integers: an activation keeps what lies strictly above the zero point, -128."""
     clamp = (-128, 127)
-    return Conv2d(conv.kernel, conv.stride, conv.pads, groups=conv.groups, clamp=clamp, activation=conv.activation,
-                  depthwise=conv.depthwise)  # fmt: skip
+    return replace(conv, clamp=clamp)
 
 
 class ChainBuilder:
@@ -74,8 +75,7 @@ class ChainBuilder:
         else:
             ins.append(self.g.const(f"{name}.weight", _normal(self.rng, shape, 1 / math.sqrt(k)), "f32"))
             ins.append(self.g.const(f"{name}.bias", _normal(self.rng, (out_c,), 0.1), "f32"))
-        oh = (h + conv.pads[0] + conv.pads[1] - conv.kernel[0]) // conv.stride[0] + 1
-        ow = (w + conv.pads[2] + conv.pads[3] - conv.kernel[1]) // conv.stride[1] + 1
+        oh, ow = conv_out_hw(conv, h, w)
         y = Value(f"{name}.y", (oh, ow, out_c), self.dtype, q=self._q(-128 if conv.activation else 5))
         attrs = _integer(conv) if self.integer else conv
         return self.g.emit(Node("conv2d", name, layer, tuple(ins), (y.name,), attrs), y)

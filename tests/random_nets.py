@@ -120,11 +120,14 @@ class Net:
         self.layers.append(f"layer.{name}")
         return self.g.emit(Node("conv2d", name, f"layer.{name}", ins, (y.name,), attrs), y)
 
-    def same(self, x: str, kernel: int = 3, *, depthwise: bool = False, activation: bool = False, tight: bool = False) -> str:
+    def same(
+        self, x: str, kernel: int = 3, *, depthwise: bool = False, activation: bool = False, tight: bool = False
+    ) -> str:
         """A convolution that keeps the shape."""
         c = self.shape(x)[2]
         pads = ((kernel - 1) // 2, kernel // 2, kernel // 2, (kernel - 1) // 2)
-        return self.conv(x, c, (kernel, kernel), pads=pads, groups=c if depthwise else 1, activation=activation, tight=tight)
+        groups = c if depthwise else 1
+        return self.conv(x, c, (kernel, kernel), pads=pads, groups=groups, activation=activation, tight=tight)
 
     def add(self, a: str, b: str, *, activation: bool = False, tight: bool = False) -> str:
         """A residual addition."""

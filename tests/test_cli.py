@@ -19,15 +19,14 @@ import numpy as np
 import pytest
 from graphs import float_chain, int8_chain
 from PIL import Image as PilImage
-from rich.console import Console
 
 from trainlet import irfile, statefile
 from trainlet.cli import main
 from trainlet.cli import prepare as prepare_module
-from trainlet.cli.commands import _LR
 from trainlet.cli.output import RichProgress
 from trainlet.errors import DeviceError, MismatchError, ToolMissingError
-from trainlet.train import DEFAULT_LR
+from trainlet.scheme import UpdateScheme
+from trainlet.train import DEFAULT_LR, default_lr
 
 Run = Callable[..., tuple[int, dict[str, Any], str]]
 
@@ -81,8 +80,8 @@ def test_help_needs_no_numpy() -> None:
     assert "--resume" in done.stdout
 
 
-def test_help_shows_the_default_rate_of_training() -> None:
-    assert _LR == DEFAULT_LR
+def test_the_default_rate_is_higher_where_only_the_head_trains() -> None:
+    assert default_lr(UpdateScheme("head", (), {})) > default_lr(UpdateScheme("one", ("a",), {})) == DEFAULT_LR
 
 
 def test_version_and_no_argument(capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,9 +210,8 @@ def test_compile_writes_the_same_bytes_anywhere(files: Path, tmp_path: Path, run
 
 def test_progress_shows_bars_on_a_terminal_only() -> None:
     for terminal in (True, False):
-        progress = RichProgress()
         screen = io.StringIO()
-        progress._console = Console(file=screen, force_terminal=terminal, width=100)
+        progress = RichProgress(file=screen, force_terminal=terminal, width=100)
         with progress.bar("epoch [1/2]", 3, 1) as advance:
             advance("loss 0.5")
             advance("loss 0.4")

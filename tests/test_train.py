@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save as save_tensors
 
 from trainlet import statefile
-from trainlet.data import Dataset, Transform, load_data
+from trainlet.data import Dataset, Draw, Transform, load_data
 from trainlet.errors import MismatchError, UsageError
 from trainlet.session import Image, StepInfo
 from trainlet.statefile import StateMeta, TrainedState, state_sha256
@@ -53,6 +53,7 @@ class FakeSession:
         self.classes = CLASSES
         self.model_hash = META.model_hash
         self.calls: list[str] = []
+        self.steps: list[tuple[bytes, int, float]] = []
         self.before_step: Callable[[int], None] = lambda step: None
         self._has_prefix = prefix
 
@@ -75,6 +76,7 @@ class FakeSession:
 
     def _train(self, image: Image, label: int, lr: float) -> StepInfo:
         self.before_step(self._step)
+        self.steps.append((image.tobytes(), label, lr))
         z = self._logits(image).astype(np.float64)
         p = np.exp(z - z.max())
         p /= p.sum()
@@ -256,6 +258,19 @@ def test_augmented_images_pass_by_the_cache(dataset: Dataset, tmp_path: Path) ->
     assert session.calls.count("infer_cached") == 36
     assert result["state_sha256"] == run(dataset, tmp_path / "b", augment=("flip",), cache=False)["state_sha256"]
     assert result["state_sha256"] != run(dataset, tmp_path / "c")["state_sha256"]
+
+
+@pytest.mark.parametrize("augment", [(), ("flip",)])
+def test_every_step_has_its_image_label_and_rate(dataset: Dataset, tmp_path: Path, augment: tuple[str, ...]) -> None:
+    session = FakeSession()
+    run(dataset, tmp_path, session, augment=augment, limit=14)
+    expected = []
+    for epoch in range(3):
+        for i in epoch_order(dataset.train.labels, 7, epoch, 14).tolist():
+            image = dataset.train.image(i, Draw(7, epoch) if augment else None)
+            rate = learning_rate(len(expected), 3 * 14, 0.05)
+            expected.append((image.tobytes(), int(dataset.train.labels[i]), rate))
+    assert session.steps == expected
 
 
 def test_evaluation_counts_by_class_and_takes_the_lower_of_equals(dataset: Dataset) -> None:

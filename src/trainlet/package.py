@@ -91,8 +91,8 @@ C99 that runs and trains this model: `{command}`.
 
 trains on two synthetic images and compares every byte of the trained state with `test_vectors/`.
 `src/{name}.h` is the interface. The caller gives two blocks of memory, aligned to 4 bytes:
-{compiled.plan.arena_bytes} bytes to work in (`{upper}_ARENA_BYTES`) and {compiled.layout.nbytes} bytes that hold what is
-trained (`{upper}_STATE_BYTES`).
+{compiled.plan.arena_bytes} bytes to work in (`{upper}_ARENA_BYTES`) and
+{compiled.layout.nbytes} bytes that hold what is trained (`{upper}_STATE_BYTES`).
 Compile with `-ffp-contract=off` and without fast math: the bytes depend on it.
 
 The code is under the Apache License 2.0. The weights in `src/{name}_data.h` stay under the model's own license.

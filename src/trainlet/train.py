@@ -26,10 +26,12 @@ from numpy.typing import NDArray
 from trainlet import __version__, statefile
 from trainlet.data import Dataset, Draw, Split
 from trainlet.errors import MismatchError, UsageError
+from trainlet.scheme import UpdateScheme
 from trainlet.session import Session, StepInfo
 from trainlet.statefile import StateMeta, TrainedState, state_sha256
 
 DEFAULT_LR: Final = 0.1 / 256
+HEAD_LR: Final = 1 / 256  # a head alone learns faster from features that stand still: bench/README.md
 WARMUP_SHARE: Final = 0.1
 CACHE_BYTES: Final = 2 << 30
 METRICS_VERSION: Final = 1
@@ -65,6 +67,11 @@ class Silent:
 
 class Interrupted(KeyboardInterrupt):
     """The run was asked to stop; the text says what was saved and how to go on."""
+
+
+def default_lr(scheme: UpdateScheme) -> float:
+    """The peak learning rate that suits a scheme at batch 1."""
+    return DEFAULT_LR if scheme.biases or scheme.weights else HEAD_LR
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,6 @@ app = typer.Typer(
     help="Trains int8 neural networks on microcontrollers: compiles a training step to C, and runs that C here.",
 )
 
-_LR = 0.1 / 256  # that of trainlet.train, which is not imported for --help; a test compares them
 
 
 class StoppedError(Exception):
@@ -172,7 +171,10 @@ def train(
     scheme: Scheme,
     out: Annotated[Path, typer.Option(help="Folder for the trained state, the metrics and the checkpoint.")],
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 8,
-    lr: Annotated[float, typer.Option(help="Peak learning rate at batch 1, in float32 units.")] = _LR,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate at batch 1, in float32 units. [default: 0.1/256; head only 1/256]"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of head, order, roundings and augmentation.")] = 0,
     bits: Bits = None,
     limit: Annotated[int | None, typer.Option(help="Images per epoch, balanced over the classes.")] = None,
@@ -189,15 +191,16 @@ def train(
     from trainlet.cli.prepare import check_sram, load_model, prepare, prepare_out, resolve_scheme
     from trainlet.data import Transform
     from trainlet.statefile import StateMeta
-    from trainlet.train import Run, TrainConfig
+    from trainlet.train import Run, TrainConfig, default_lr
 
     words = tuple(w.strip() for w in augment.split(",") if w.strip())
-    config = TrainConfig(epochs, lr, seed, limit, words, cache=not no_cache)
     if resume and overwrite:
         raise UsageError("--resume and --overwrite: give one of them, the first goes on and the second begins again")
     _check_device(on)
     graph = load_model(model)
     chosen = resolve_scheme(scheme, graph, bits)
+    rate = default_lr(chosen) if lr is None else lr
+    config = TrainConfig(epochs, rate, seed, limit, words, cache=not no_cache)
     dataset = _dataset(data, Transform(_shape(graph), resize, words))
     prepare_out(out)
     p = prepare(graph, chosen, len(dataset.classes))

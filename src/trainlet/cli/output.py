@@ -77,10 +77,11 @@ def size(n: int) -> str:
 class RichProgress:
     """Bars and lines on standard error; the bars only where that is a terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
+        """``options`` go to rich's Console, over ours."""
         from rich.console import Console
 
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(**{"stderr": True, "highlight": False, **options})
 
     @contextlib.contextmanager
     def bar(self, title: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:

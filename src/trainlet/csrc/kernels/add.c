@@ -1,22 +1,74 @@
 /* SPDX-License-Identifier: Apache-2.0 */
+/* TFLite's int8 ADD, in runs of elements that are widened, added and narrowed in passes that compilers make vectors of. */
 #include "tl_math.h"
 #include "tl.h"
 
-#define ADD_LEFT_SHIFT 20
+#define RUN 64
+#define LEFT_SHIFT 20
+
+/* A factor of mbqm; half and some are for tl_mbqm_fast. */
+typedef struct {
+    int32_t mult, shift, half, some;
+} factor;
+
+static factor factor_of(int32_t mult, int32_t shift)
+{
+    const int32_t n = TL_MAX(-shift, 0);
+    const factor f = {mult, shift, (int32_t)(((uint32_t)1 << n) >> 1), n > 0 ? -1 : 0};
+    return f;
+}
+
+/* v = mbqm(v); |v| < 2^30 where the shift goes right. Always a whole run: constant bounds make the better vectors. */
+static void scale(int32_t v[restrict RUN], const factor *restrict f)
+{
+    const factor k = *f;
+    if (k.shift > 0) {
+        for (int32_t i = 0; i < RUN; i++) v[i] = tl_mbqm(v[i], k.mult, k.shift);
+        return;
+    }
+    for (int32_t i = 0; i < RUN; i++) v[i] = tl_mbqm_fast(v[i], k.mult, -k.shift, k.half, k.some);
+}
+
+static void load(const int8_t *restrict x, int32_t n, int32_t zero, int32_t v[restrict RUN])
+{
+    int8_t all[RUN] = {0};
+    if (n < RUN) x = memcpy(all, x, (size_t)n);
+    for (int32_t i = 0; i < RUN; i++) v[i] = (x[i] - zero) * ((int32_t)1 << LEFT_SHIFT);
+}
+
+/* y may be a or b: a run is read before it is written. */
+static void add_run(const tl_add *p, const factor f[3], const int8_t *a, const int8_t *b, int8_t *y, int32_t n)
+{
+    const int32_t lo = p->lo - p->y_zero, hi = p->hi - p->y_zero;
+    int32_t va[RUN], vb[RUN];
+    int8_t all[RUN];
+    load(a, n, p->a_zero, va);
+    load(b, n, p->b_zero, vb);
+    scale(va, f);
+    scale(vb, f + 1);
+    for (int32_t i = 0; i < RUN; i++) va[i] += vb[i];
+    scale(va, f + 2);
+    for (int32_t i = 0; i < RUN; i++) va[i] = TL_MIN(TL_MAX(va[i], lo), hi) + p->y_zero;
+    for (int32_t i = 0; i < RUN; i++) all[i] = (int8_t)va[i];
+    memcpy(y, all, (size_t)n);
+}
+
+static int whole_rows(tl_view v, int32_t channels) { return v.pixel == channels; }
 
 void tl_add_s8(const tl_add *p, tl_view a, tl_view b, tl_view y, int32_t width, int32_t channels, int32_t y0, int32_t y1)
 {
+    const factor f[3] = {factor_of(p->a_mult, p->a_shift), factor_of(p->b_mult, p->b_shift),
+                         factor_of(p->y_mult, p->y_shift)};
+    if (whole_rows(a, channels) && whole_rows(b, channels) && whole_rows(y, channels)) {
+        channels *= width;
+        width = 1;
+    }
     for (int32_t row = y0; row < y1; row++) {
-        for (int32_t x = 0; x < width; x++) {
-            const int8_t *pa = a.data + (row % a.ring) * a.row + x * a.pixel;
-            const int8_t *pb = b.data + (row % b.ring) * b.row + x * b.pixel;
-            int8_t *py = y.data + (row % y.ring) * y.row + x * y.pixel;
-            for (int32_t c = 0; c < channels; c++) {
-                const int32_t va = tl_mbqm((pa[c] - p->a_zero) * (1 << ADD_LEFT_SHIFT), p->a_mult, p->a_shift);
-                const int32_t vb = tl_mbqm((pb[c] - p->b_zero) * (1 << ADD_LEFT_SHIFT), p->b_mult, p->b_shift);
-                const int32_t sum = tl_mbqm(tl_sat32((int64_t)va + vb), p->y_mult, p->y_shift);
-                py[c] = (int8_t)tl_clamp(tl_sat32((int64_t)sum + p->y_zero), p->lo, p->hi);
-            }
+        const int8_t *pa = a.data + (row % a.ring) * a.row, *pb = b.data + (row % b.ring) * b.row;
+        int8_t *py = y.data + (row % y.ring) * y.row;
+        for (int32_t x = 0; x < width; x++, pa += a.pixel, pb += b.pixel, py += y.pixel) {
+            for (int32_t c = 0; c < channels; c += RUN)
+                add_run(p, f, pa + c, pb + c, py + c, TL_MIN(RUN, channels - c));
         }
     }
 }

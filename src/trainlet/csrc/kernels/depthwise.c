@@ -7,6 +7,13 @@
 
 #define BLOCK TL_LANES
 
+/* A vector of sums that straddles cache lines costs 20 % of an input gradient. */
+#if defined(__AVX2__)
+#define ALIGNED __attribute__((aligned(4 * BLOCK)))
+#else
+#define ALIGNED
+#endif
+
 /* How many trained channels lie below c, for tables in ascending order. */
 static int32_t trained_below(tl_weights w, int32_t c)
 {
@@ -15,21 +22,32 @@ static int32_t trained_below(tl_weights w, int32_t c)
     return n;
 }
 
-/* out[tap][BLOCK] = weights of channels c0 .. c0 + count - 1; lanes past count are 0. */
-static void load_block(const tl_conv *c, tl_weights w, int32_t c0, int32_t count, int32_t *out)
+/* Where column kx of a block's weights lies: every jump-th one is its neighbor. */
+static int32_t column_at(int32_t kx, int32_t kw, int32_t jump)
+{
+    int32_t at = kx / jump;
+    for (int32_t phase = 0; phase < kx % jump; phase++) at += (kw - 1 - phase) / jump + 1;
+    return at;
+}
+
+/* out[ky][column_at][BLOCK] = weights of channels c0 .. c0 + count - 1; lanes past count are 0. */
+static void load_block(const tl_conv *c, tl_weights w, int32_t c0, int32_t count, int32_t jump, int32_t *out)
 {
     const int32_t taps = c->kh * c->kw;
+    const int8_t *from[BLOCK];
     int32_t below = trained_below(w, c0);
-    for (int32_t j = 0; j < BLOCK; j++) {
+    for (int32_t j = 0; j < count; j++) {
         const int32_t ch = c0 + j;
-        if (j >= count) {
-            for (int32_t t = 0; t < taps; t++) out[t * BLOCK + j] = 0;
-            continue;
-        }
         const int trained = w.channels ? below < w.n && w.channels[below] == ch : w.n > 0;
-        const int8_t *row = trained ? w.trained + (w.channels ? below : ch) * taps : w.frozen + (ch - below) * taps;
+        from[j] = trained ? w.trained + (w.channels ? below : ch) * taps : w.frozen + (ch - below) * taps;
         below += w.channels && trained;
-        for (int32_t t = 0; t < taps; t++) out[t * BLOCK + j] = row[t];
+    }
+    for (int32_t kx = 0; kx < c->kw; kx++) {
+        int32_t *to = out + column_at(kx, c->kw, jump) * BLOCK;
+        for (int32_t t = kx; t < taps; t += c->kw, to += c->kw * BLOCK) {
+            for (int32_t j = 0; j < count; j++) to[j] = from[j][t];
+            for (int32_t j = count; j < BLOCK; j++) to[j] = 0;
+        }
     }
 }
 
@@ -54,7 +72,6 @@ static void multiply_add(const int8_t *restrict x, const int32_t *restrict w, in
     }
     for (int32_t j = 0; j < count; j++) acc[j] += (x[j] - zero) * w[j];
 }
-
 
 /* Constants of a block's requantization; simple: all shifts are to the right and all sums small. */
 typedef struct {
@@ -138,7 +155,7 @@ void tl_depthwise_s8(const tl_conv *c, const tl_requant *q, tl_weights w, const 
     requant_block b;
     for (int32_t c0 = 0; c0 < c->in_c; c0 += BLOCK) {
         const int32_t count = TL_MIN(BLOCK, c->in_c - c0);
-        load_block(c, w, c0, count, weights);
+        load_block(c, w, c0, count, 1, weights);
         load_requant(&b, c, q, bias, c0, count);
         for (int32_t oy = y0; oy < y1; oy++) {
             const int32_t top = oy * c->stride_h - c->pad_h;
@@ -148,7 +165,7 @@ void tl_depthwise_s8(const tl_conv *c, const tl_requant *q, tl_weights w, const 
                 const int32_t left = ox * c->stride_w - c->pad_w;
                 const int32_t kx0 = first_tap(left, c->dil_w), kx1 = past_tap(left, c->dil_w, c->in_w, c->kw);
                 const taps t = {ky0, ky1, kx0, kx1};
-                int32_t acc[BLOCK];
+                int32_t acc[BLOCK] ALIGNED;
                 memcpy(acc, b.bias, sizeof acc);
                 sum_taps(c, x, &t, top, left, c0, count, weights, acc);
                 store_block(&b, q, acc, count, out);
@@ -162,38 +179,79 @@ int32_t tl_depthwise_dx_scratch(const tl_conv *c)
     return 4 + c->kh * c->kw * BLOCK * 4;
 }
 
-/* The output position that tap k of input position at = i + pad reaches, or -1. */
-static int32_t reached(int32_t at, int32_t k, int32_t dil, int32_t stride, int32_t size)
+/* The taps of one axis that an input position feeds: the n taps k, k + jump, ... lead to outputs at, at - back, ... */
+typedef struct {
+    int32_t k, n, at;
+} reach;
+
+/* jump: the smallest step between taps that lead to outputs from one position; back: how many outputs it goes. */
+typedef struct {
+    int32_t dil, stride, size, taps, jump, back;
+} fan;
+
+static fan fan_of(int32_t dil, int32_t stride, int32_t size, int32_t taps)
 {
-    const int32_t v = at - k * dil;
-    if (v < 0 || v % stride != 0) return -1;
-    return v / stride < size ? v / stride : -1;
+    fan f = {dil, stride, size, taps, 1, 0};
+    while (f.jump * dil % stride != 0) f.jump++;
+    f.back = f.jump * dil / stride;
+    return f;
+}
+
+/* padded: the input position plus the padding in front; tap k leads to output (padded - k dil) / stride. */
+static reach reach_of(const fan *f, int32_t padded)
+{
+    reach r = {0, 0, padded};
+    if (f->stride > 1) {
+        while (r.k < f->jump && (padded - r.k * f->dil) % f->stride != 0) r.k++;
+        if (r.k == f->jump) return r;
+        r.at = (padded - r.k * f->dil) / f->stride;
+    }
+    for (; r.at >= f->size; r.at -= f->back) r.k += f->jump;
+    for (int32_t k = r.k, at = r.at; k < f->taps && at >= 0; k += f->jump, at -= f->back) r.n++;
+    return r;
+}
+
+/* Sums of one input pixel. */
+static void sum_reach(const tl_conv *c, tl_view g, const fan *fy, const fan *fx, const reach *y, const reach *x,
+                      int32_t c0, int32_t count, const int32_t *weights, int32_t *acc)
+{
+    const int32_t step = -fx->back * g.pixel, w_row = fy->jump * c->kw * BLOCK;
+    const int32_t column = x->at * g.pixel + c0;
+    const int8_t *rows[ROWS];
+    if (x->n == 0) return;
+    weights += (y->k * c->kw + column_at(x->k, c->kw, fx->jump)) * BLOCK;
+    for (int32_t i0 = 0; i0 < y->n; i0 += ROWS, weights += ROWS * w_row) {
+        const int32_t n = TL_MIN(ROWS, y->n - i0);
+        for (int32_t i = 0; i < n; i++) rows[i] = g.data + (y->at - (i0 + i) * fy->back) % g.ring * g.row + column;
+        if (count == BLOCK) {
+            tl_tile_taps(rows, n, x->n, step, 0, weights, w_row, acc);
+            continue;
+        }
+        for (int32_t i = 0; i < n; i++)
+            for (int32_t k = 0; k < x->n; k++)
+                multiply_add(rows[i] + k * step, weights + i * w_row + k * BLOCK, 0, count, acc);
+    }
 }
 
 void tl_depthwise_dx_s8(tl_step *step, const tl_conv *c, const tl_dx_scale *v, tl_weights w, tl_grad g,
                         const tl_site *site, int8_t *rx, int32_t y0, int32_t y1, void *scratch)
 {
+    const fan fy = fan_of(c->dil_h, c->stride_h, c->out_h, c->kh), fx = fan_of(c->dil_w, c->stride_w, c->out_w, c->kw);
     int32_t *weights = (int32_t *)scratch + 1;
     tl_round r;
     tl_round_begin(&r, step, site, v, 1, g.e, c->in_w, c->in_c, scratch, y0 == 0);
     for (int32_t c0 = 0; c0 < c->in_c; c0 += BLOCK) {
         const int32_t count = TL_MIN(BLOCK, c->in_c - c0);
-        load_block(c, w, c0, count, weights);
+        load_block(c, w, c0, count, fx.jump, weights);
         tl_round_lanes(&r, c0, count);
         for (int32_t iy = y0; iy < y1; iy++) {
-            for (int32_t ix = 0; ix < c->in_w; ix++) {
-                int32_t acc[BLOCK] = {0};
-                for (int32_t ky = 0; ky < c->kh; ky++) {
-                    const int32_t oy = reached(iy + c->pad_h, ky, c->dil_h, c->stride_h, c->out_h);
-                    if (oy < 0) continue;
-                    const int8_t *row = g.r.data + (oy % g.r.ring) * g.r.row + c0;
-                    for (int32_t kx = 0; kx < c->kw; kx++) {
-                        const int32_t ox = reached(ix + c->pad_w, kx, c->dil_w, c->stride_w, c->out_w);
-                        if (ox < 0) continue;
-                        multiply_add(row + ox * g.r.pixel, weights + (ky * c->kw + kx) * BLOCK, 0, count, acc);
-                    }
-                }
-                tl_round_pixel(&r, iy, ix, acc, rx + (iy * c->in_w + ix) * c->in_c + c0);
+            const reach y = reach_of(&fy, iy + c->pad_h);
+            int8_t *out = rx + iy * c->in_w * c->in_c + c0;
+            for (int32_t ix = 0; ix < c->in_w; ix++, out += c->in_c) {
+                const reach x = reach_of(&fx, ix + c->pad_w);
+                int32_t acc[BLOCK] ALIGNED = {0};
+                sum_reach(c, g.r, &fy, &fx, &y, &x, c0, count, weights, acc);
+                tl_round_pixel(&r, iy, ix, acc, out);
             }
         }
     }

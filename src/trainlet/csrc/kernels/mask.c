@@ -2,16 +2,24 @@
 #include "tl_math.h"
 #include "tl.h"
 
+/* Bits of eight flags that are 0 or 1, the first lowest: a product gathers those of four bytes in its top bits. */
+static uint32_t gather_bits(const uint8_t *f)
+{
+    const uint32_t a = f[0] | (uint32_t)f[1] << 8 | (uint32_t)f[2] << 16 | (uint32_t)f[3] << 24;
+    const uint32_t b = f[4] | (uint32_t)f[5] << 8 | (uint32_t)f[6] << 16 | (uint32_t)f[7] << 24;
+    return (a * 0x10204080u) >> 28 | (b * 0x10204080u) >> 28 << 4;
+}
+
 void tl_clip_mask_s8(const int8_t *y, int32_t n, int32_t lo, int32_t hi, uint8_t *bits)
 {
-    int32_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        uint32_t b = 0;
-        for (int32_t k = 0; k < 8; k++) b |= (uint32_t)((y[i + k] > lo) & (y[i + k] < hi)) << k;
-        bits[i >> 3] = (uint8_t)b;
+    const int8_t low = (int8_t)lo, high = (int8_t)hi; /* so that bytes are compared with bytes */
+    uint8_t flag[64];
+    for (int32_t i = 0; i < n; i += 64) {
+        const int32_t count = TL_MIN(64, n - i);
+        if (count < 64) memset(flag, 0, sizeof flag);
+        for (int32_t k = 0; k < count; k++) flag[k] = (uint8_t)((y[i + k] > low) & (y[i + k] < high));
+        for (int32_t k = 0; k < count; k += 8) bits[(i + k) >> 3] = (uint8_t)gather_bits(flag + k);
     }
-    if (i < n) bits[i >> 3] = 0;
-    for (; i < n; i++) bits[i >> 3] |= (uint8_t)(((y[i] > lo) & (y[i] < hi)) << (i & 7));
 }
 
 void tl_select_channels_s8(const int8_t *x, int32_t pixels, int32_t channels_in, int32_t groups, const uint16_t *channels,

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The text of the emitted C: a golden file, what it may not contain, and that it compiles and links as stated."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from graphs import int8_chain
+from random_nets import NAMED, PLAIN, named_case
+
+from trainlet import build
+from trainlet.compiler import Compiled, compile_model
+from trainlet.emit import EMIT, c_float, c_name, emit, graph_hash
+from trainlet.errors import UnsupportedError
+from trainlet.frontends import attach_head
+from trainlet.ops import OPS
+from trainlet.scheme import UpdateScheme
+from trainlet.session.host import HostSession
+
+STRICT = ("-std=c99", "-pedantic", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
+STEPS = 5
+
+
+def chain() -> Compiled:
+    """The chain of graphs.py: its last two layers train, half of the channels of the last, with 4 fraction bits."""
+    scheme = UpdateScheme("golden", ("block.depthwise", "block.project"), {"block.depthwise": 1.0, "block.project": 0.5}, 12)
+    return compile_model(attach_head(int8_chain(), 4), scheme)
+
+
+def _named(name: str, bits: int = 8) -> Compiled:
+    case = named_case(name, bits)
+    return compile_model(replace(case.model, name=name), case.scheme)
+
+
+def _write(folder: Path, files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).write_text(text)
+
+
+def _cc(*args: str | Path) -> None:
+    done = subprocess.run([build.find_compiler(), *map(str, args)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("suffix", [".c", ".h"])
+def test_golden_text(suffix: str, golden: Callable[[str, str], None]) -> None:
+    golden(f"int8_chain{suffix}", chain().sources.files[f"int8_chain{suffix}"])
+
+
+def test_the_same_input_gives_the_same_bytes() -> None:
+    first, second = chain(), chain()
+    assert first.sources == second.sources
+    assert first.model_hash == second.model_hash
+    assert set(first.sources.files) == {"int8_chain.h", "int8_chain.c", "int8_chain_data.h"}
+
+
+def test_the_hash_tells_models_and_schemes_apart() -> None:
+    model = attach_head(int8_chain(), 4)
+    hashes = {compile_model(model, UpdateScheme("a", bits=bits)).model_hash for bits in (8, 12)}
+    assert len(hashes) == 1  # nothing trains but the head, so the width of weights says nothing
+    one = {"block.project": 1.0}
+    schemes = [UpdateScheme("x", (), one, bits) for bits in (8, 12, 16)] + [UpdateScheme("x", ("block.project",), one)]
+    hashes |= {compile_model(model, s).model_hash for s in schemes}
+    hashes.add(compile_model(attach_head(int8_chain(seed=1), 4), schemes[0]).model_hash)
+    hashes.add(compile_model(attach_head(int8_chain(), 5), schemes[0]).model_hash)
+    assert len(hashes) == 7
+
+
+def test_every_operator_of_a_lowered_graph_has_a_rule() -> None:
+    assert set(EMIT) == {name for name, op in OPS.items() if "lowered" in op.stages}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_emitted_c_has_no_logic(name: str) -> None:
+    """One call per node with the layer's name above it, and nothing that decides, loops, allocates or prints."""
+    compiled = _named(name)
+    text = compiled.sources.files[f"{name}.c"]
+    functions = text[: text.index("static const tl_model model")]
+    code = re.sub(r"/\*.*?\*/", "", functions, flags=re.DOTALL)
+    assert re.findall(r"\b(if|for|while|switch|do|goto|malloc|printf)\b|\?", code) == []
+    calls = re.findall(r"^    (?:TL_TRY\()?(tl_\w+)\(", code, flags=re.MULTILINE)
+    assert len(calls) == len(compiled.graph.nodes)
+    for node in compiled.graph.nodes:
+        assert f"    /* {node.layer}: {node.op} */\n" in functions
+
+
+def test_only_a_lowered_graph_is_emitted() -> None:
+    compiled = chain()
+    with pytest.raises(UnsupportedError, match="lowered"):
+        emit(compiled.train, compiled.plan, compiled.layout, graph_hash(compiled.train))
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_emitted_c_is_clean_and_has_no_globals(name: str, tmp_path: Path) -> None:
+    """Compiles under -pedantic -Werror; every global name begins with the model's; all data is constant."""
+    _write(tmp_path, {**build.kernel_sources(), **_named(name, 12).sources.files})
+    _cc(*STRICT, "-fno-pic", "-c", tmp_path / f"{name}.c", "-o", tmp_path / "model.o")
+    lines = subprocess.run(["nm", tmp_path / "model.o"], capture_output=True, text=True, check=True).stdout.splitlines()
+    symbols = [line.split()[-2:] for line in lines]
+    assert {n for kind, n in symbols if kind in "BbDdC"} == set()
+    exported = {n for kind, n in symbols if kind.isupper() and kind != "U"}
+    assert exported
+    assert all(n.startswith(f"{name}_") for n in exported), exported
+    assert all(n.startswith("tl_") for kind, n in symbols if kind == "U" and not n.startswith("_"))
+
+
+def test_kernels_are_clean_and_have_no_globals(tmp_path: Path) -> None:
+    _write(tmp_path, build.kernel_sources())
+    for source in sorted(tmp_path.glob("*.c")):
+        _cc(*STRICT, "-fno-pic", "-c", source, "-o", source.with_suffix(".o"))
+        out = subprocess.run(["nm", source.with_suffix(".o")], capture_output=True, text=True, check=True).stdout
+        symbols = [line.split()[-2:] for line in out.splitlines()]
+        assert {n for kind, n in symbols if kind in "BbDdC"} == set(), source.name
+        assert all(n.startswith("tl_") for kind, n in symbols if kind in "TR"), source.name
+
+
+MAIN = """\
+#include <stdio.h>
+#include "a.h"
+#include "b.h"
+
+static uint32_t arena_a[A_ARENA_BYTES / 4 + 1], arena_b[B_ARENA_BYTES / 4 + 1];
+static uint32_t state_a[A_STATE_BYTES / 4], state_b[B_STATE_BYTES / 4];
+static int8_t image[4096];
+
+int main(void)
+{
+    static a_context a;
+    static b_context b;
+    if (a_init(&a, arena_a, sizeof arena_a, state_a, sizeof state_a, 1u) != TL_OK) return 2;
+    if (b_init(&b, arena_b, sizeof arena_b, state_b, sizeof state_b, 2u) != TL_OK) return 2;
+    for (int t = 0; t < STEPS; t++) {
+        for (int i = 0; i < (int)sizeof image; i++) image[i] = (int8_t)((7 * i + 31 * t) % 256 - 128);
+        if (a_train(&a, image, t % A_CLASSES, 0.25f, NULL) != TL_OK) return 3;
+        if (b_train(&b, image, t % B_CLASSES, 0.25f, NULL) != TL_OK) return 3;
+    }
+    fwrite(state_a, 1, sizeof state_a, stdout);
+    fwrite(state_b, 1, sizeof state_b, stdout);
+    return 0;
+}
+"""
+
+
+def test_two_models_link_into_one_program(tmp_path: Path) -> None:
+    """They train in turn in one program; each ends where it ends alone."""
+    models = {}
+    for name, of in (("a", "shared_later"), ("b", "dead_channels")):
+        case = named_case(of, 12)
+        models[name] = compile_model(replace(case.model, name=name), case.scheme)
+    _write(tmp_path, {**build.kernel_sources(), **models["a"].sources.files, **models["b"].sources.files, "main.c": MAIN})
+    _cc(*STRICT, f"-DSTEPS={STEPS}", *sorted(tmp_path.glob("*.c")), "-o", tmp_path / "both")
+    got = subprocess.run([tmp_path / "both"], capture_output=True, check=True).stdout
+    want = b"".join(_alone(compiled, seed) for seed, compiled in enumerate(models.values(), 1))
+    assert got == want
+
+
+def _alone(compiled: Compiled, seed: int) -> bytes:
+    session = HostSession(compiled, flags=PLAIN, seed=seed)
+    shape = compiled.graph.values["input"].shape
+    i = np.arange(int(np.prod(shape)))
+    for t in range(STEPS):
+        x = ((7 * i + 31 * t) % 256 - 128).astype(np.int8).reshape(shape)
+        session.train_step(x, t % session.classes, 0.25)
+    return session._state.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "want"), [("mcunet-5fps", "mcunet_5fps"), ("3 layers", "m_3_layers"), ("_x", "m__x"), ("größe", "gr__e")]
+)
+def test_c_names(name: str, want: str) -> None:
+    assert c_name(name) == want
+
+
+@pytest.mark.parametrize("v", [0.1, 1e-30, 3.4e38, 1 / 3, 2.0**-126, 1e-45])
+def test_float_literals_read_back_exactly(v: float) -> None:
+    literal = c_float(v)
+    assert literal.endswith("f")
+    assert np.float32(float.fromhex(literal[:-1])) == np.float32(v)
+
+
+def test_a_models_name_cannot_leave_its_comment() -> None:
+    case = named_case("one_pixel")
+    compiled = compile_model(replace(case.model, name="x */ int y; /*"), case.scheme)
+    text = "".join(compiled.sources.files.values())
+    assert "x * / int y; /*" in text
+    assert re.search(r"int y;", re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)) is None
