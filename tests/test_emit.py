@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from graphs import int8_chain
 from random_nets import NAMED, PLAIN, named_case
+from test_exact import difference
 
 from trainlet import build
 from trainlet.compiler import Compiled, compile_model
@@ -29,7 +30,8 @@ STEPS = 5
 
 def chain() -> Compiled:
     """The chain of graphs.py: its last two layers train, half of the channels of the last, with 4 fraction bits."""
-    scheme = UpdateScheme("golden", ("block.depthwise", "block.project"), {"block.depthwise": 1.0, "block.project": 0.5}, 12)
+    weights = {"block.depthwise": 1.0, "block.project": 0.5}
+    scheme = UpdateScheme("golden", tuple(weights), weights, 12)
     return compile_model(attach_head(int8_chain(), 4), scheme)
 
 
@@ -153,7 +155,8 @@ def test_two_models_link_into_one_program(tmp_path: Path) -> None:
     for name, of in (("a", "shared_later"), ("b", "dead_channels")):
         case = named_case(of, 12)
         models[name] = compile_model(replace(case.model, name=name), case.scheme)
-    _write(tmp_path, {**build.kernel_sources(), **models["a"].sources.files, **models["b"].sources.files, "main.c": MAIN})
+    emitted = {**models["a"].sources.files, **models["b"].sources.files}
+    _write(tmp_path, {**build.kernel_sources(), **emitted, "main.c": MAIN})
     _cc(*STRICT, f"-DSTEPS={STEPS}", *sorted(tmp_path.glob("*.c")), "-o", tmp_path / "both")
     got = subprocess.run([tmp_path / "both"], capture_output=True, check=True).stdout
     want = b"".join(_alone(compiled, seed) for seed, compiled in enumerate(models.values(), 1))
@@ -171,7 +174,7 @@ def _alone(compiled: Compiled, seed: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("name", "want"), [("mcunet-5fps", "mcunet_5fps"), ("3 layers", "m_3_layers"), ("_x", "m__x"), ("größe", "gr__e")]
+    ("name", "want"), [("mcunet-5fps", "mcunet_5fps"), ("3 layers", "m_3_layers"), ("_x", "m__x"), ("größe", "gr__e"), ("tl", "m_tl"), ("tl_model", "m_tl_model"), ("tlx", "tlx")]
 )
 def test_c_names(name: str, want: str) -> None:
     assert c_name(name) == want
@@ -184,9 +187,34 @@ def test_float_literals_read_back_exactly(v: float) -> None:
     assert np.float32(float.fromhex(literal[:-1])) == np.float32(v)
 
 
-def test_a_models_name_cannot_leave_its_comment() -> None:
+def test_names_cannot_leave_their_comments(tmp_path: Path) -> None:
+    """A hostile name of a model or layer stays text: the C compiles, warnings for nested comments included."""
     case = named_case("one_pixel")
-    compiled = compile_model(replace(case.model, name="x */ int y; /*"), case.scheme)
-    text = "".join(compiled.sources.files.values())
-    assert "x * / int y; /*" in text
-    assert re.search(r"int y;", re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)) is None
+    nasty = "x */ int y; /* \n int z;"
+    nodes = [replace(n, layer=f"{n.layer} {nasty}") for n in case.model.nodes]
+    model = replace(case.model.with_nodes(nodes), name=nasty)
+    compiled = compile_model(model, UpdateScheme("one", (nodes[1].layer,)))
+    text = compiled.sources.files[f"{compiled.sources.prefix}.c"]
+    assert "x * / int y; / *" in text
+    assert re.search(r"int [yz];", re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)) is None
+    _write(tmp_path, {**build.kernel_sources(), **compiled.sources.files})
+    _cc(*STRICT, "-c", tmp_path / f"{compiled.sources.prefix}.c", "-o", tmp_path / "model.o")
+
+
+def test_names_that_become_the_same_identifier_keep_their_own_tables() -> None:
+    """conv.0 and conv_0 are one word in C."""
+    case = named_case("add_with_activation")
+    model = case.model
+
+    def new(name: str) -> str:
+        return name.replace("conv.1", "conv_0")
+
+    values = {new(k): replace(v, name=new(k)) for k, v in model.values.items()}
+    nodes = tuple(
+        replace(n, name=new(n.name), inputs=tuple(map(new, n.inputs)), outputs=tuple(map(new, n.outputs)))
+        for n in model.nodes
+    )
+    data = {new(k): v for k, v in model.data.items()}
+    assert "conv_0.weight" in data
+    assert "conv.0.weight" in data
+    assert difference(replace(case, model=replace(model, values=values, nodes=nodes, data=data))) == ""

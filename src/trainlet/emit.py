@@ -39,13 +39,21 @@ from trainlet.plan import MemoryPlan, geometry
 CTYPE = {"s8": "int8_t", "s16": "int16_t", "u16": "uint16_t", "s32": "int32_t", "f32": "float", "b1": "uint8_t",
          "s4": "uint8_t"}  # fmt: skip
 NUMPY_CTYPE = {"int8": "int8_t", "int16": "int16_t", "uint16": "uint16_t", "int32": "int32_t", "float32": "float"}
+RESERVED = ("model", "start", "prefix", "forward", "gradient", "head", "backward", "a", "s", "c")
+"""What NAME.c itself defines."""
 REFUSES = frozenset({"check_lr", "softmax_xent", "avg_pool_dx"})
 
 
 def c_name(name: str) -> str:
-    """``name`` as a C identifier."""
+    """``name`` as a C identifier; tl_ is the kernels' own."""
     ident = re.sub(r"\W", "_", name, flags=re.ASCII)
-    return ident if ident[:1].isalpha() else f"m_{ident}"
+    return ident if ident[:1].isalpha() and not f"{ident}_".startswith("tl_") else f"m_{ident}"
+
+
+def comment(text: str) -> str:
+    """``text`` so that it neither ends nor opens a comment and stays on its line."""
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    return printable.replace("*/", "* /").replace("/*", "/ *")
 
 
 def c_float(v: float) -> str:
@@ -69,6 +77,16 @@ class Emitter:
     plan: MemoryPlan
     layout: StateLayout
     tables: dict[str, str] = field(default_factory=dict)
+    symbols: dict[str, str] = field(default_factory=dict)
+
+    def symbol(self, name: str) -> str:
+        """The C name of a table; two names never share one."""
+        if name not in self.symbols:
+            taken = {*self.symbols.values(), *RESERVED}
+            first = c_name(name)
+            tries = (first, *(f"{first}_{i}" for i in range(2, len(taken) + 3)))
+            self.symbols[name] = next(t for t in tries if t not in taken)
+        return self.symbols[name]
 
     def value(self, name: str) -> Value:
         """The value of that name."""
@@ -76,7 +94,7 @@ class Emitter:
 
     def table(self, name: str, array: Array) -> str:
         """A constant array; returns its C name."""
-        symbol = c_name(name)
+        symbol = self.symbol(name)
         if symbol not in self.tables:
             ctype = NUMPY_CTYPE[array.dtype.name]
             flat = array.reshape(-1).tolist()
@@ -87,7 +105,7 @@ class Emitter:
 
     def struct(self, name: str, ctype: str, *fields: object) -> str:
         """A constant struct; returns its C name."""
-        symbol = c_name(name)
+        symbol = self.symbol(name)
         if symbol not in self.tables:
             self.tables[symbol] = f"static const {ctype} {symbol} = {{{', '.join(map(str, fields))}}};\n"
         return symbol
@@ -412,7 +430,7 @@ def _statement(e: Emitter, node: Node) -> str:
     body = textwrap.fill(
         text, 116, initial_indent="    ", subsequent_indent="        ", break_long_words=False, break_on_hyphens=False
     )
-    return f"    /* {node.layer}: {node.op} */\n{body}\n"
+    return f"    /* {comment(node.layer)}: {node.op} */\n{body}\n"
 
 
 def _function(e: Emitter, name: str, nodes: list[Node]) -> str:
@@ -481,7 +499,7 @@ def emit(graph: Graph, plan: MemoryPlan, layout: StateLayout, model_hash: str) -
         "state": layout.nbytes,
         "hash": model_hash[:8],
         "slots": slots,
-        "source": graph.name.replace("*/", "* /"),
+        "source": comment(graph.name),
     }
     body = f'{_C_HEAD.format(**values)}{functions}\n{start}static const tl_model model = {{\n{model}\n}};\n\n'
     data = f'{_DATA_HEAD.format(**values)}{"".join(e.tables.values())}'

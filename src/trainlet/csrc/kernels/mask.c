@@ -10,14 +10,14 @@ static uint32_t gather_bits(const uint8_t *f)
     return (a * 0x10204080u) >> 28 | (b * 0x10204080u) >> 28 << 4;
 }
 
-void tl_clip_mask_s8(const int8_t *y, int32_t n, int32_t lo, int32_t hi, uint8_t *bits)
+void tl_clip_mask_s8(const int8_t *y, int32_t n, int32_t low, int32_t high, uint8_t *bits)
 {
-    const int8_t low = (int8_t)lo, high = (int8_t)hi; /* so that bytes are compared with bytes */
+    const int8_t lo = (int8_t)low, hi = (int8_t)high; /* so that bytes are compared with bytes */
     uint8_t flag[64];
     for (int32_t i = 0; i < n; i += 64) {
         const int32_t count = TL_MIN(64, n - i);
         if (count < 64) memset(flag, 0, sizeof flag);
-        for (int32_t k = 0; k < count; k++) flag[k] = (uint8_t)((y[i + k] > low) & (y[i + k] < high));
+        for (int32_t k = 0; k < count; k++) flag[k] = (uint8_t)((y[i + k] > lo) & (y[i + k] < hi));
         for (int32_t k = 0; k < count; k += 8) bits[(i + k) >> 3] = (uint8_t)gather_bits(flag + k);
     }
 }
