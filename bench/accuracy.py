@@ -61,7 +61,10 @@ class Run:
 
 
 class Learner(Protocol):
-    """One side: trains on image i of the training split, and predicts the validation split."""
+    """One side: trains on image i of the training split, and predicts the validation split. ``build`` says what code
+    ran: it is recorded, not compared, since every build must give the same bytes."""
+
+    build: str
 
     def train(self, index: int, label: int, lr: float) -> float:
         """The loss before the update."""
@@ -80,6 +83,7 @@ class FloatLearner:
         from trainlet.scheme import resolve
 
         torch.set_num_threads(1)
+        self.build = f"torch {torch.__version__}"
         self.trainer = FloatTrainer(graph, resolve(run.scheme, graph), classes, run.seed)
         self.train_images, self.val_images = self.trainer.prefix(train.images), self.trainer.prefix(val.images)
 
@@ -98,6 +102,7 @@ class EngineLearner:
     def __init__(self, graph: Graph, run: Run, classes: int, train: Images, val: Images) -> None:
         scheme = "head" if run.variant == "head only" else run.scheme
         self.session = open_engine(graph, scheme, classes, ENGINE_BITS[run.variant])
+        self.build = self.session.library_path.stem
         self.session.reset(run.seed)
         self.train_images, self.val_images = train.images, val.images
         self.cached = bool(self.session.prefix(train.images[0]))
@@ -146,6 +151,7 @@ def execute(run: Run, out: Path) -> str:
     loss = np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(logits)), val.labels]
     record = {
         "settings": asdict(run),
+        "build": learner.build,
         "val_accuracy": float(correct.mean()),
         "val_loss": float(loss.mean()),
         "train_loss": losses,

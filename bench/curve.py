@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Validation accuracy over epochs, sparse update against head only, as README shows it: JSON and a picture.
 
-    TRAINLET_ASSETS=... python bench/curve.py [--runs DIR] [--picture docs/sign_digits.svg]
+TRAINLET_ASSETS=... python bench/curve.py [--runs DIR] [--picture docs/sign_digits.svg]
 """
 
 from __future__ import annotations
