@@ -1,4 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""trainlet: train a neural network on a microcontroller."""
+"""trainlet: train a neural network on a microcontroller.
+
+    graph = trainlet.attach_head(trainlet.load("mcunet-5fps.pkl"), classes=10)
+    compiled = trainlet.compile_model(graph, trainlet.resolve("99kb", graph))
+    session = trainlet.HostSession(compiled)
+
+Names are imported when they are first used, so that the command line starts quickly.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainlet.autodiff import differentiate
+    from trainlet.compiler import Compiled, compile_model
+    from trainlet.emit import emit
+    from trainlet.frontends import attach_head, load
+    from trainlet.package import write_package
+    from trainlet.passes.fuse import fuse
+    from trainlet.plan import make_plan
+    from trainlet.scheme import UpdateScheme, resolve
+    from trainlet.session.host import HostSession
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "load": "trainlet.frontends",
+    "attach_head": "trainlet.frontends",
+    "UpdateScheme": "trainlet.scheme",
+    "resolve": "trainlet.scheme",
+    "differentiate": "trainlet.autodiff",
+    "fuse": "trainlet.passes.fuse",
+    "make_plan": "trainlet.plan",
+    "emit": "trainlet.emit",
+    "Compiled": "trainlet.compiler",
+    "compile_model": "trainlet.compiler",
+    "HostSession": "trainlet.session.host",
+    "write_package": "trainlet.package",
+}
+
+__all__ = [
+    "Compiled",
+    "HostSession",
+    "UpdateScheme",
+    "attach_head",
+    "compile_model",
+    "differentiate",
+    "emit",
+    "fuse",
+    "load",
+    "make_plan",
+    "resolve",
+    "write_package",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'trainlet' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
