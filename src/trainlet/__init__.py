@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from trainlet.autodiff import differentiate
     from trainlet.compiler import Compiled, compile_model
-    from trainlet.emit import emit
     from trainlet.frontends import attach_head, load
     from trainlet.package import write_package
     from trainlet.passes.fuse import fuse
@@ -34,7 +33,6 @@ _HOME = {
     "differentiate": "trainlet.autodiff",
     "fuse": "trainlet.passes.fuse",
     "make_plan": "trainlet.plan",
-    "emit": "trainlet.emit",
     "Compiled": "trainlet.compiler",
     "compile_model": "trainlet.compiler",
     "HostSession": "trainlet.session.host",
@@ -48,7 +46,6 @@ __all__ = [
     "attach_head",
     "compile_model",
     "differentiate",
-    "emit",
     "fuse",
     "load",
     "make_plan",
