@@ -135,6 +135,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         "machine": describe_machine(),
         "settings": {k: getattr(args, k) for k in ("model", "scheme", "bits", "classes", "steps", "turns")},
         "torch": torch.__version__,
+        "load_before": os.getloadavg()[0],  # other jobs on the machine widen the ranges
     }
     torches = {k: dict(zip(PARTS, make_steps(graph, scheme, args.classes, v), strict=True)) for k, v in LAYOUTS.items()}
     jobs = {part: {f"pytorch, {k}": v[part] for k, v in torches.items()} for part in PARTS}
@@ -155,7 +156,7 @@ def table(result: Mapping[str, object]) -> str:
     assert isinstance(settings, dict)
     lines = [
         f"{settings['model']}, {settings['scheme']}, {settings['bits']} bits; one core of {machine['cpu']}; "
-        f"torch {result['torch']}; {machine['compiler']}"
+        f"torch {result['torch']}; {machine['compiler']}; load {result['load_before']:.1f}"
     ]
     for part in PARTS:
         row = result[part]

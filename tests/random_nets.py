@@ -23,13 +23,16 @@ NO_PADS: Pads = (0, 0, 0, 0)
 
 @dataclass(frozen=True)
 class Case:
-    """A model with its head, what trains, and the run: seed, learning rates (one per step, in turn), compiler flags."""
+    """A model with its head, what trains, and the run: seed, learning rates (one per step, in turn), compiler flags.
+    ``rho`` and ``head_bias`` are what the state starts with, in turn."""
 
     model: Graph
     scheme: UpdateScheme
     seed: int = 17
     lrs: tuple[float, ...] = (0.01,)
     flags: tuple[str, ...] = PLAIN
+    rho: tuple[int, ...] = (4,)
+    head_bias: tuple[float, ...] = (0.0,)
 
     @property
     def classes(self) -> int:
@@ -40,7 +43,8 @@ class Case:
             f"  {n.name}: {n.op} {n.inputs[:2]} -> {self.model.values[n.outputs[0]].shape} {n.attrs}"
             for n in self.model.nodes
         )
-        return f"Case({text}\n  {self.scheme}, seed={self.seed}, lrs={self.lrs}, flags={self.flags})"
+        run = f"seed={self.seed}, lrs={self.lrs}, flags={self.flags}, rho={self.rho}, head_bias={self.head_bias}"
+        return f"Case({text}\n  {self.scheme}, {run})"
 
 
 class Net:
@@ -99,7 +103,7 @@ class Net:
         assert x_q is not None
         scale = 0.01 / math.sqrt(k) * y_q.scale / x_q.scale * self.rng.uniform(0.5, 1.5, out_c)
         if self.wild:
-            scale *= 2.0 ** self.rng.uniform(-5, 4, out_c)
+            scale *= 2.0 ** self.rng.uniform(-5, 10, out_c)
         if dead and out_c > 1:
             scale[self.rng.permutation(out_c)[: min(dead, out_c - 1)]] *= 1e-9
         weight = self.rng.integers(-127, 128, shape).astype(np.int8)
@@ -166,7 +170,7 @@ _EDGES = (1, 3, 5, 7)
 def _conv(draw: st.DrawFn, net: Net, x: str) -> str:
     c = net.shape(x)[2]
     kind = draw(st.sampled_from(("general", "depthwise", "grouped")))
-    out_c, groups = draw(st.sampled_from((1, 2, 3, 6, 16, 17, 21))), 1
+    out_c, groups = draw(st.sampled_from((1, 2, 3, 6, 16, 17, 33))), 1
     if kind == "depthwise":
         out_c = groups = c
     if kind == "grouped":
@@ -214,7 +218,9 @@ def _shared(draw: st.DrawFn, net: Net, x: str) -> str:
 
 
 _BLOCKS = (_conv, _conv, _residual, _add_first, _shared)
-_LRS = (0.0, 1e-9, 1e-3, 0.02, 0.5, 30.0, 1e4, 1e30)
+_LRS = (0.0, 1e-38, 1e-30, 1e-9, 1e-3, 0.02, 0.5, 30.0, 1e4, 1e30)
+_RHO = (-60, -59, -30, -6, 0, 4, 4, 12, 30, 59, 60)
+_HEAD_BIAS = (0.0, 0.0, 0.0, -35.0, -41.5, -42.0, -55.0, -69.0, -75.0, -79.5, -80.5)
 
 
 @st.composite
@@ -228,7 +234,10 @@ def cases(draw: st.DrawFn) -> Case:
     model = net.finish(x, draw(st.sampled_from((1, 2, 3, 10, 100))))
     scheme = draw(_schemes(net))
     lrs = tuple(float(np.float32(v)) for v in draw(st.lists(st.sampled_from(_LRS), min_size=1, max_size=5)))
-    return Case(model, scheme, draw(st.integers(0, 2**32 - 1)), lrs, draw(st.sampled_from((PLAIN, NATIVE))))
+    rho = draw(st.just((4,)) | st.lists(st.sampled_from(_RHO), min_size=1, max_size=5).map(tuple))
+    bias = draw(st.just((0.0,)) | st.lists(st.sampled_from(_HEAD_BIAS), min_size=2, max_size=5).map(tuple))
+    flags = draw(st.sampled_from((PLAIN, NATIVE)))
+    return Case(model, scheme, draw(st.integers(0, 2**32 - 1)), lrs, flags, rho, bias)
 
 
 @st.composite
@@ -312,6 +321,23 @@ def _pool_in_prefix() -> tuple[Net, Graph]:
     return net, net.finish(net.add(net.same(x, 1), x), 4)
 
 
+def _wide() -> tuple[Net, Graph]:
+    """Sums of 130 x 9 products reach an input (b = 6), more than 256 pixels, and several blocks of lanes."""
+    net = Net((19, 15, 2), 11)
+    x = net.conv(net.input, 33, (3, 3), pads=(1, 1, 1, 1), activation=True)
+    x = net.conv(x, 33, (3, 3), stride=(3, 2), dilation=(2, 2), pads=(2, 2, 2, 2), groups=33, activation=True)
+    x = net.conv(x, 130, (3, 3), stride=(2, 2), pads=(1, 1, 1, 1))
+    return net, net.finish(net.conv(x, 17), 3)
+
+
+def _strided_depthwise() -> tuple[Net, Graph]:
+    """Kernels longer than the eight rows that a kernel takes at once; strides beyond the dilation."""
+    net = Net((13, 11, 17), 12, wild=True)
+    x = net.conv(net.input, 17, (11, 9), groups=17, stride=(2, 3), pads=(5, 5, 4, 4), activation=True)
+    x = net.conv(x, 17, (3, 3), groups=17, stride=(3, 2), dilation=(2, 3), pads=(2, 1, 3, 3))
+    return net, net.finish(net.conv(x, 17, (2, 2), groups=17, stride=(1, 1), pads=(1, 0, 0, 1)), 3)
+
+
 def _twice() -> tuple[Net, Graph]:
     """Both inputs of an addition are the same tensor."""
     net = Net((3, 5, 3), 10)
@@ -322,18 +348,19 @@ def _twice() -> tuple[Net, Graph]:
 NAMED = {
     f.__name__.removeprefix("_"): f
     for f in (_add_with_activation, _add_is_first, _shared_later, _activation_before_pool, _dead_channels,
-              _dilated_groups, _one_pixel, _one_class, _pool_in_prefix, _twice)
+              _dilated_groups, _one_pixel, _one_class, _pool_in_prefix, _wide, _strided_depthwise, _twice)
 }  # fmt: skip
 
 
 def named_case(name: str, bits: int = 8, lrs: tuple[float, ...] = (0.02, 0.5, 30.0, 1e-3)) -> Case:
-    """One of ``NAMED`` with everything trained: of weights all channels, or of every second layer the half."""
+    """One of ``NAMED`` with everything trained: of weights all channels, or of every second layer the half; 12 bits
+    begin with the half."""
     net, model = NAMED[name]()
     weights = {}
     for i, layer in enumerate(net.layers):
         conv = next(n for n in model.nodes if n.layer == layer)
         assert isinstance(conv.attrs, Conv2d)
         channels = model.values[conv.inputs[1]].shape[0 if conv.attrs.depthwise else 3]
-        weights[layer] = 0.5 if i % 2 and channels > 1 else 1.0
+        weights[layer] = 0.5 if i % 2 == (bits != 12) and channels > 1 else 1.0
     scheme = UpdateScheme(name, tuple(net.layers), weights, bits)
     return Case(model, scheme, lrs=tuple(float(np.float32(v)) for v in lrs))

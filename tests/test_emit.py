@@ -173,9 +173,13 @@ def _alone(compiled: Compiled, seed: int) -> bytes:
     return session._state.tobytes()
 
 
-@pytest.mark.parametrize(
-    ("name", "want"), [("mcunet-5fps", "mcunet_5fps"), ("3 layers", "m_3_layers"), ("_x", "m__x"), ("größe", "gr__e"), ("tl", "m_tl"), ("tl_model", "m_tl_model"), ("tlx", "tlx")]
-)
+NAMES = {
+    "mcunet-5fps": "mcunet_5fps", "3 layers": "m_3_layers", "_x": "m__x", "größe": "gr__e", "tl": "m_tl",
+    "tl_model": "m_tl_model", "tlx": "tlx",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "want"), NAMES.items())
 def test_c_names(name: str, want: str) -> None:
     assert c_name(name) == want
 

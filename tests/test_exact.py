@@ -103,6 +103,21 @@ def _attempt(step: Callable[[], object]) -> tuple[type[TrainletError] | None, ob
         return type(error), None
 
 
+def _begin(case: Case, reference: TrainState, guarded: Guarded) -> None:
+    """Gives both the same unusual state to start from."""
+    session = guarded.session
+    start = session.state()
+    rhos = iter(np.resize(np.array(case.rho, np.int8), len(reference.arrays)))
+    graph = session.compiled.graph
+    sites = sorted((n for n in graph.nodes if isinstance(n.attrs, FusedDx | RoundGrad)), key=_stream)
+    for n in sites:
+        reference.arrays[n.writes[0]] = np.array([next(rhos)], np.int8)
+    reference.arrays["head.bias"] = np.resize(np.array(case.head_bias, np.float32), case.classes)
+    start["rho"] = np.array([reference.arrays[n.writes[0]][0] for n in sites], np.int8)
+    start["head.bias"] = reference.arrays["head.bias"]
+    session.load_state(start)
+
+
 def difference(case: Case, compiled: Compiled | None = None, steps: int = STEPS) -> str:
     """Where the C first differs from the reference; "" where it nowhere does."""
     compiled = compiled or compile_model(case.model, case.scheme)
@@ -110,6 +125,7 @@ def difference(case: Case, compiled: Compiled | None = None, steps: int = STEPS)
     reference = initial_state(graph, case.seed)
     guarded = Guarded(case, compiled)
     session, rng = guarded.session, np.random.default_rng(case.seed ^ 1)
+    _begin(case, reference, guarded)
     for t in range(steps):
         x = rng.integers(-128, 128, shape).astype(np.int8)
         label, lr = int(rng.integers(case.classes)), case.lrs[t % len(case.lrs)]
@@ -159,6 +175,40 @@ def test_exact_random_models(case: Case) -> None:
 @pytest.mark.parametrize("name", NAMED)
 def test_exact_named_models(name: str, bits: int, flags: tuple[str, ...]) -> None:
     assert difference(replace(named_case(name, bits), flags=flags)) == ""
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_exact_from_unusual_states(name: str) -> None:
+    """rho at and near its ends, so that exponents of meeting gradients lie far apart; probabilities around 2^-60 and
+    the end of expf; learning rates that the cut at 2^-100 sees."""
+    case = named_case(name, lrs=(0.02, 1e-30, 0.5, 1e-38))
+    for i, rho in enumerate(((-60, 60, 4), (60, -60, 12, 0), (-12, -4, 2, 6, -9), (5, 3, -2, 14))):
+        bias = ((-41.5, 0.0, -35.0, -80.5), (-79.5, -42.0, -55.0, -69.0))[i % 2]
+        assert difference(replace(case, rho=rho, head_bias=bias, seed=i)) == ""
+
+
+def test_exact_refusal_of_a_feature_gradient_that_is_not_finite() -> None:
+    """The logits are finite, but their gradient, 3e38 + 3e38, is not."""
+    case = named_case("one_pixel")
+    compiled = compile_model(case.model, case.scheme)
+    graph, session = compiled.train, HostSession(compiled, flags=PLAIN)
+    x = np.full((1, 1, 1), 100, np.int8)
+    scale = float(session.infer(x)[0] / initial_head(session)[0, 0])
+    assert 0 < abs(scale) < 1
+    reference = initial_state(graph, 0)
+    reference.arrays["head.weight"] = np.array([[3e38], [-3e38]], np.float32) * np.float32(np.sign(scale))
+    session.load_state({**session.state(), "head.weight": reference.arrays["head.weight"]})
+    before = session.state()
+    assert np.isfinite(session.infer(x)).all()
+    for step in (lambda: train_step(graph, reference, x, 1, 0.5), lambda: session.train_step(x, 1, 0.5)):
+        with pytest.raises(MismatchError, match="not a finite number"):
+            step()
+    assert wrong_states(session.state(), before) == []
+    assert wrong_states(expected_state(compiled, reference), before) == []
+
+
+def initial_head(session: HostSession) -> Array:
+    return session.state()["head.weight"]
 
 
 @pytest.mark.parametrize("lr", [float("nan"), float("inf"), -1e-3, 1e38])

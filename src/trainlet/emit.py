@@ -501,8 +501,8 @@ def emit(graph: Graph, plan: MemoryPlan, layout: StateLayout, model_hash: str) -
         "slots": slots,
         "source": comment(graph.name),
     }
-    body = f'{_C_HEAD.format(**values)}{functions}\n{start}static const tl_model model = {{\n{model}\n}};\n\n'
-    data = f'{_DATA_HEAD.format(**values)}{"".join(e.tables.values())}'
+    body = f"{_C_HEAD.format(**values)}{functions}\n{start}static const tl_model model = {{\n{model}\n}};\n\n"
+    data = f"{_DATA_HEAD.format(**values)}{''.join(e.tables.values())}"
     return Sources(
         name, {f"{name}.h": _HEADER.format(**values), f"{name}.c": body + _API.format(**values), f"{name}_data.h": data}
     )

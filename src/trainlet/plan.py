@@ -210,5 +210,3 @@ def largest_alive(graph: Graph, plan: MemoryPlan, count: int = 5) -> list[tuple[
     alive = [b for b in lifetimes(graph) if b.first <= plan.peak <= b.last]
     alive.sort(key=lambda b: (-b.size, b.name))
     return [(f"scratch of {b.name}" if b.scratch else b.name, b.size) for b in alive[:count]]
-
-

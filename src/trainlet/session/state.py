@@ -12,7 +12,9 @@ from trainlet.errors import UsageError
 from trainlet.ir import Array, Graph, Node
 from trainlet.layout import HEADER_BYTES, StateLayout
 from trainlet.ops import FusedDw, FusedDx, RoundGrad
-from trainlet.verify.graph import NUMPY_DTYPE
+from trainlet.verify.graph import MAX_BIAS, NUMPY_DTYPE
+
+MAX_RHO = 60
 
 
 def _nibbles(raw: NDArray[np.uint8], count: int) -> NDArray[np.int8]:
@@ -72,6 +74,7 @@ class StateCodec:
         """The block of bytes. UsageError where an array is missing, unknown, or of another shape, type or range."""
         want = self.unpack(bytes(self.layout.nbytes))
         _check_names(arrays, want)
+        self._check_ranges(arrays)
         raw = np.zeros(self.layout.nbytes, np.uint8)
         raw[:HEADER_BYTES] = np.concatenate([arrays["seed"], arrays["step"]]).astype(np.uint32).view(np.uint8)
         for i, name in enumerate(self._rho):
@@ -81,6 +84,15 @@ class StateCodec:
         for name, node in self._updates.items():
             self._write_weight(raw, name, node, arrays)
         return raw.tobytes()
+
+    def _check_ranges(self, arrays: Mapping[str, Array]) -> None:
+        """What no step leaves behind, and the kernels' 32-bit sums could not bear."""
+        if np.abs(arrays["rho"].astype(np.int64)).max(initial=0) > MAX_RHO:
+            raise UsageError(f"rho: a value lies outside +-{MAX_RHO}; the state is damaged")
+        for name in self._plain:
+            data = arrays[name].astype(np.int64) if arrays[name].dtype == np.int32 else np.zeros(1, np.int64)
+            if np.abs(data).max() > MAX_BIAS:
+                raise UsageError(f"{name}: a bias lies outside +-{MAX_BIAS}; the state is damaged")
 
     def pack_values(self, seed: int, step: int, values: Mapping[str, Array]) -> bytes:
         """The block of bytes from states by their names in the graph, as the reference executor keeps them."""
@@ -123,9 +135,10 @@ def _check_names(arrays: Mapping[str, Array], want: Mapping[str, Array]) -> None
     for name in want:
         if name not in arrays:
             raise UsageError(f"the state has no {name!r}; it belongs to another model or scheme")
-    for name, data in arrays.items():
+    for name in arrays:
         if name not in want:
             raise UsageError(f"the state has {name!r}, which this model and scheme do not train")
+    for name, data in arrays.items():
         if data.shape != want[name].shape or data.dtype != want[name].dtype:
             raise UsageError(
                 f"{name}: the state holds {data.dtype} {data.shape}, this model {want[name].dtype} {want[name].shape}"

@@ -2,8 +2,7 @@
 /* General convolution, forward. For each block of TL_LANES output channels the weights are packed once, terms being
  * (tap, channel); then tiles of TL_ROWS output pixels are gathered as x - x_zero and multiplied. */
 #include "tl_math.h"
-#include "tl_round.h"
-#include "tl_tile.h"
+#include "tl_requant.h"
 
 int32_t tl_conv2d_scratch(const tl_conv *c)
 {
@@ -84,47 +83,6 @@ static void gather_tile(const tl_conv *c, tl_view x, int32_t y0, int32_t p0, int
     }
 }
 
-/* Requantization of a block's lanes; simple: all shifts go right and no sum reaches 2^30. */
-typedef struct {
-    int32_t bias[TL_LANES], mult[TL_LANES], n[TL_LANES], half[TL_LANES], some[TL_LANES], shift[TL_LANES];
-    int simple;
-} lanes;
-
-static void load_lanes(lanes *l, const tl_requant *q, const int32_t *bias, int32_t fan_in, int32_t o0, int32_t count)
-{
-    const int32_t room = (1 << 30) - 1 - TL_MIN(127 * 255 * fan_in, (1 << 30) - 1);
-    l->simple = 1;
-    for (int32_t j = 0; j < TL_LANES; j++) {
-        const int32_t o = o0 + TL_MIN(j, count - 1);
-        l->bias[j] = bias[o];
-        l->mult[j] = q->mult[o];
-        l->shift[j] = q->shift[o];
-        l->n[j] = TL_MAX(-q->shift[o], 0);
-        l->half[j] = (int32_t)(((uint32_t)1 << l->n[j]) >> 1);
-        l->some[j] = l->n[j] > 0 ? -1 : 0;
-        l->simple &= q->shift[o] <= 0 && bias[o] <= room && bias[o] >= -room;
-    }
-}
-
-static inline void store_lanes(const lanes *l, const tl_requant *q, const int32_t *acc, int32_t count, int8_t *out)
-{
-    int32_t v[TL_LANES];
-    int8_t b[TL_LANES];
-    if (l->simple) {
-        for (int32_t j = 0; j < TL_LANES; j++)
-            v[j] = tl_clamp(tl_mbqm_fast(acc[j], l->mult[j], l->n[j], l->half[j], l->some[j]) + q->y_zero, q->lo, q->hi);
-    } else {
-        for (int32_t j = 0; j < TL_LANES; j++)
-            v[j] = tl_clamp(tl_sat32((int64_t)tl_mbqm(acc[j], l->mult[j], l->shift[j]) + q->y_zero), q->lo, q->hi);
-    }
-    for (int32_t j = 0; j < TL_LANES; j++) b[j] = (int8_t)v[j];
-    if (count == TL_LANES) {
-        memcpy(out, b, TL_LANES);
-    } else {
-        memcpy(out, b, (size_t)count);
-    }
-}
-
 void tl_conv2d_s8(const tl_conv *c, const tl_requant *q, tl_weights w, const int32_t *bias, tl_view x, tl_view y,
                   int32_t y0, int32_t y1, void *scratch)
 {
@@ -132,11 +90,11 @@ void tl_conv2d_s8(const tl_conv *c, const tl_requant *q, tl_weights w, const int
     const int32_t pixels = (y1 - y0) * c->out_w;
     int16_t *patch = scratch;
     int8_t *packed = (int8_t *)(patch + TL_ROWS * n);
-    lanes l;
+    tl_lanes l;
     for (int32_t o0 = 0, group = 0; o0 < c->out_c; group = o0 / og) {
         const int32_t count = TL_MIN(TL_LANES, (group + 1) * og - o0);
         pack_weights(c, w, o0, count, packed);
-        load_lanes(&l, q, bias, terms, o0, count);
+        tl_lanes_load(&l, q, bias, terms, o0, count);
         int32_t oy = y0, ox = 0;
         int8_t *to = y.data + oy % y.ring * y.row + o0;
         for (int32_t p0 = 0; p0 < pixels; p0 += TL_ROWS) {
@@ -146,7 +104,7 @@ void tl_conv2d_s8(const tl_conv *c, const tl_requant *q, tl_weights w, const int
             for (int32_t p = 0; p < TL_ROWS; p++) memcpy(acc[p], l.bias, sizeof l.bias);
             tl_tile(patch, packed, n, acc);
             for (int32_t p = 0; p < rows; p++, to += y.pixel) {
-                store_lanes(&l, q, acc[p], count, to);
+                tl_lanes_store(&l, q, acc[p], count, to);
                 if (++ox == c->out_w) {
                     ox = 0;
                     oy++;

@@ -2,6 +2,7 @@
 /* Depthwise convolution: forward, input gradient, weight update. Work goes by blocks of channels, whose weights are
  * transposed to [tap][channel] in scratch, so that inner loops run over neighboring channels. */
 #include "tl_math.h"
+#include "tl_requant.h"
 #include "tl_round.h"
 #include "tl_tile.h"
 
@@ -73,48 +74,6 @@ static void multiply_add(const int8_t *restrict x, const int32_t *restrict w, in
     for (int32_t j = 0; j < count; j++) acc[j] += (x[j] - zero) * w[j];
 }
 
-/* Constants of a block's requantization; simple: all shifts are to the right and all sums small. */
-typedef struct {
-    int32_t bias[BLOCK], mult[BLOCK], n[BLOCK], half[BLOCK], some[BLOCK], shift[BLOCK];
-    int32_t simple;
-} requant_block;
-
-static void load_requant(requant_block *b, const tl_conv *c, const tl_requant *q, const int32_t *bias, int32_t c0,
-                         int32_t count)
-{
-    const int32_t bound = 127 * 255 * c->kh * c->kw;
-    b->simple = 1;
-    for (int32_t j = 0; j < BLOCK; j++) {
-        const int32_t ch = c0 + TL_MIN(j, count - 1);
-        b->bias[j] = bias[ch];
-        b->mult[j] = q->mult[ch];
-        b->shift[j] = q->shift[ch];
-        b->n[j] = TL_MAX(-q->shift[ch], 0);
-        b->half[j] = (int32_t)(((uint32_t)1 << b->n[j]) >> 1);
-        b->some[j] = b->n[j] > 0 ? -1 : 0;
-        if (q->shift[ch] > 0 || bias[ch] >= (1 << 30) - bound || bias[ch] <= bound - (1 << 30)) b->simple = 0;
-    }
-}
-
-static inline void store_block(const requant_block *b, const tl_requant *q, const int32_t *acc, int32_t count, int8_t *out)
-{
-    int32_t v[BLOCK];
-    int8_t bytes[BLOCK];
-    if (b->simple) {
-        for (int32_t j = 0; j < BLOCK; j++)
-            v[j] = tl_clamp(tl_mbqm_fast(acc[j], b->mult[j], b->n[j], b->half[j], b->some[j]) + q->y_zero, q->lo, q->hi);
-    } else {
-        for (int32_t j = 0; j < BLOCK; j++)
-            v[j] = tl_clamp(tl_sat32((int64_t)tl_mbqm(acc[j], b->mult[j], b->shift[j]) + q->y_zero), q->lo, q->hi);
-    }
-    for (int32_t j = 0; j < BLOCK; j++) bytes[j] = (int8_t)v[j];
-    if (count == TL_LANES) {
-        memcpy(out, bytes, TL_LANES);
-    } else {
-        memcpy(out, bytes, (size_t)count);
-    }
-}
-
 /* The taps ky0 .. ky1 - 1, kx0 .. kx1 - 1 of a kernel. */
 typedef struct {
     int32_t ky0, ky1, kx0, kx1;
@@ -152,11 +111,11 @@ void tl_depthwise_s8(const tl_conv *c, const tl_requant *q, tl_weights w, const 
                      int32_t y0, int32_t y1, void *scratch)
 {
     int32_t *weights = scratch;
-    requant_block b;
+    tl_lanes b;
     for (int32_t c0 = 0; c0 < c->in_c; c0 += BLOCK) {
         const int32_t count = TL_MIN(BLOCK, c->in_c - c0);
         load_block(c, w, c0, count, 1, weights);
-        load_requant(&b, c, q, bias, c0, count);
+        tl_lanes_load(&b, q, bias, c->kh * c->kw, c0, count);
         for (int32_t oy = y0; oy < y1; oy++) {
             const int32_t top = oy * c->stride_h - c->pad_h;
             const int32_t ky0 = first_tap(top, c->dil_h), ky1 = past_tap(top, c->dil_h, c->in_h, c->kh);
@@ -168,7 +127,7 @@ void tl_depthwise_s8(const tl_conv *c, const tl_requant *q, tl_weights w, const 
                 int32_t acc[BLOCK] ALIGNED;
                 memcpy(acc, b.bias, sizeof acc);
                 sum_taps(c, x, &t, top, left, c0, count, weights, acc);
-                store_block(&b, q, acc, count, out);
+                tl_lanes_store(&b, q, acc, count, out);
             }
         }
     }

@@ -75,6 +75,7 @@ static void add_further(const tl_round *r, const tl_grad *g, int32_t y, int32_t 
         const int32_t down = tl_clamp(-k, 0, 8); /* 8 bits and more leave nothing of |r'| <= 127 */
         const int32_t half = (int32_t)(((uint32_t)1 << down) >> 1);
         const int32_t add = (tl_clamp(tl_shl(more[j], up), -TL_H_MAX, TL_H_MAX) + half) >> down;
+        h[j] = TL_MIN(h[j], TL_H_MAX - TL_MAX(add, 0)); /* 2^30 + 2^30 is no int32 */
         h[j] = tl_clamp(h[j] + add, -TL_H_MAX, TL_H_MAX);
     }
 }
