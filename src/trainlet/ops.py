@@ -2,7 +2,7 @@
 """The operator table: attributes, shape and dtype rule, and cost of every operator.
 
 An operator is one row across a few tables: here what it is, in ``reference/`` what it means, in ``vjp.py`` its
-gradient, in ``emit.py`` its C call, in ``csrc/kernels`` its kernel. ``tests/test_ops.py`` asserts that no row
+gradient, in ``emit/rules.py`` its C call, in ``csrc/kernels`` its kernel. ``tests/test_ops.py`` asserts that no row
 has a hole. The same operators serve FLOAT graphs (dtype f32, real numbers) and INT8 graphs (integers); the
 dtype of the data input decides.
 """

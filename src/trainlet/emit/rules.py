@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rule per operator: ``emit_<op>`` writes its kernel call, with literal arguments and no logic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from trainlet import numerics
+from trainlet.emit.emitter import Emitter, c_float
+from trainlet.errors import UnsupportedError
+from trainlet.ir import Kind, Node
+from trainlet.ops import (
+    Add,
+    AvgPool,
+    AvgPoolDx,
+    CheckLr,
+    Conv2d,
+    FusedDb,
+    FusedDw,
+    FusedDx,
+    Mask,
+    RoundGrad,
+    SelectChannels,
+)
+
+
+def call(function: str, *args: object) -> str:
+    """A C call."""
+    return f"{function}({', '.join(map(str, args))})"
+
+
+def emit_conv2d(e: Emitter, n: Node) -> str:
+    a = n.attrs
+    assert isinstance(a, Conv2d)
+    assert a.clamp is not None
+    x, y = n.inputs[0], n.outputs[0]
+    mult, shift = numerics.requantize(e.scale(x), e.scales(n.inputs[3]), e.scale(y))
+    tables = (e.table(f"{n.name}.mult", mult), e.table(f"{n.name}.shift", shift))
+    q = e.struct(f"{n.name}.requant", "tl_requant", *tables, e.zero(y), int(a.clamp[0]), int(a.clamp[1]))
+    kernel = "tl_depthwise_s8" if a.depthwise else "tl_conv2d_s8"
+    w = e.weights(a, n.inputs[1], n.inputs[4:])
+    rows = e.value(y).shape[0]
+    bias = e.ptr(n.inputs[2])
+    return call(kernel, e.conv(n, e.zero(x)), f"&{q}", w, bias, e.view(x), e.view(y), 0, rows, e.scratch(n))
+
+
+def emit_add(e: Emitter, n: Node) -> str:
+    a = n.attrs
+    assert isinstance(a, Add)
+    assert a.clamp is not None
+    p, q, y = (*n.inputs, *n.outputs)
+    s = numerics.add_scale(e.scale(p), e.scale(q), e.scale(y))
+    zeros = (e.zero(p), e.zero(q), e.zero(y), int(a.clamp[0]), int(a.clamp[1]))
+    table = e.struct(f"{n.name}.scale", "tl_add", *zeros, s.a[0], s.b[0], s.y[0], s.a[1], s.b[1], s.y[1])
+    h, w, c = e.value(y).shape
+    return call("tl_add_s8", f"&{table}", e.view(p), e.view(q), e.view(y), w, c, 0, h)
+
+
+def emit_avg_pool(e: Emitter, n: Node) -> str:
+    a = n.attrs
+    assert isinstance(a, AvgPool)
+    x, y = e.value(n.inputs[0]), e.value(n.outputs[0])
+    fields = (*x.shape, *y.shape, *a.kernel, *a.stride, 1, 1, a.pads[0], a.pads[2], 1, 0)
+    table = e.struct(f"{n.name}.geometry", "tl_conv", *fields)
+    return call("tl_avg_pool_s8", f"&{table}", e.view(x.name), e.view(y.name), 0, y.shape[0], e.scratch(n))
+
+
+def emit_dense(e: Emitter, n: Node) -> str:
+    x, w, b = n.inputs
+    k, c = e.value(w).shape
+    scale = c_float(e.scale(x))
+    return call("tl_dense_f32", e.ptr(x), e.zero(x), scale, e.ptr(w), e.ptr(b), k, c, e.ptr(n.outputs[0]))
+
+
+def emit_clip_mask(e: Emitter, n: Node) -> str:
+    a = n.attrs
+    assert isinstance(a, Mask)
+    lo, hi = int(a.clamp[0]), int(a.clamp[1])
+    return call("tl_clip_mask_s8", e.ptr(n.inputs[0]), e.value(n.inputs[0]).size, lo, hi, e.ptr(n.outputs[0]))
+
+
+def emit_select_channels(e: Emitter, n: Node) -> str:
+    a = n.attrs
+    assert isinstance(a, SelectChannels)
+    h, w, c = e.value(n.inputs[0]).shape
+    table = n.inputs[1]
+    return call(
+        "tl_select_channels_s8",
+        e.ptr(n.inputs[0]),
+        h * w,
+        c,
+        a.groups,
+        e.ptr(table),
+        e.value(table).size,
+        e.ptr(n.outputs[0]),
+    )
+
+
+def emit_check_lr(e: Emitter, n: Node) -> str:
+    assert isinstance(n.attrs, CheckLr)
+    return call("tl_check_lr", "c->lr", c_float(n.attrs.largest))
+
+
+def emit_softmax_xent(e: Emitter, n: Node) -> str:
+    k = e.value(n.inputs[0]).size
+    g = n.outputs[1]  # the loss goes to the context
+    return call("tl_softmax_xent_f32", e.ptr(n.inputs[0]), k, "c->label", "&c->loss", e.ptr(g))
+
+
+def emit_dense_dx(e: Emitter, n: Node) -> str:
+    k, c = e.value(n.inputs[1]).shape
+    return call("tl_dense_dx_f32", e.ptr(n.inputs[0]), e.ptr(n.inputs[1]), k, c, e.ptr(n.outputs[0]))
+
+
+def emit_dense_sgd(e: Emitter, n: Node) -> str:
+    g, x, _ = n.inputs
+    w, b = n.writes
+    k, c = e.value(w).shape
+    scale = c_float(e.scale(x))
+    return call("tl_dense_sgd_f32", e.ptr(g), e.ptr(x), e.zero(x), scale, "c->lr", k, c, e.ptr(w), e.ptr(b))
+
+
+def emit_avg_pool_dx(e: Emitter, n: Node) -> str:
+    a = n.attrs
+    assert isinstance(a, AvgPoolDx)
+    out = e.value(n.outputs[0])
+    inverse = c_float(1.0 / (a.in_hw[0] * a.in_hw[1]))
+    slot = f"&c->exponent[{out.exponent}]"
+    gf = e.ptr(n.inputs[0])
+    return call("tl_avg_pool_dx_s8", "&c->step", f"{a.stream}u", gf, out.shape[2], inverse, e.ptr(out.name), slot)
+
+
+def emit_mask_grad(e: Emitter, n: Node) -> str:
+    a = n.attrs
+    assert isinstance(a, Mask)
+    out = e.value(n.outputs[0])
+    mask = e.mask(a.source, a.clamp, n.inputs[1])
+    return call("tl_mask_grad_s8", e.view(n.inputs[0]), mask, *out.shape, e.ptr(out.name))
+
+
+def emit_round_grad(e: Emitter, n: Node) -> str:
+    a = n.attrs
+    assert isinstance(a, RoundGrad)
+    if a.computes:
+        raise UnsupportedError(f"{n.layer}: sums are rounded where they are made; run the pass 'fuse' first")
+    out = e.value(n.outputs[0])
+    return call("tl_round_grad_s8", "&c->step", e.site(n, a, n.inputs), *out.shape, e.ptr(out.name))
+
+
+def emit_conv2d_dx_round(e: Emitter, n: Node) -> str:
+    a = n.attrs
+    assert isinstance(a, FusedDx)
+    conv = a.dx.conv
+    s = numerics.dx_scale(conv, e.scales(n.inputs[2]))
+    mt = "NULL" if s.mt is None else e.table(f"{n.name}.mt", s.mt)
+    tables = (mt, e.table(f"{n.name}.mult", s.mult), e.table(f"{n.name}.exp", s.exp))
+    scale = e.struct(f"{n.name}.scale", "tl_dx_scale", *tables, s.pre)
+    count = _trained_inputs(e, n)
+    w = e.weights(conv, n.inputs[1], n.inputs[3 : 3 + count])
+    kernel = "tl_depthwise_dx_s8" if conv.depthwise else "tl_conv2d_dx_s8"
+    site = e.site(n, a.round, n.inputs[3 + count :])
+    out = e.ptr(n.outputs[0])
+    g = e.grad(n.inputs[0])
+    rows = a.dx.in_hw[0]
+    return call(kernel, "&c->step", e.conv(n, 0), f"&{scale}", w, g, site, out, 0, rows, e.scratch(n))
+
+
+def _trained_inputs(e: Emitter, n: Node) -> int:
+    """2 where (trained, channels) follow the scales of an input gradient, else 0."""
+    following = n.inputs[3:4]
+    return 2 if following and e.value(following[0]).kind is Kind.STATE else 0
+
+
+def emit_conv2d_dw_sgd(e: Emitter, n: Node) -> str:
+    a = n.attrs
+    assert isinstance(a, FusedDw)
+    conv, sgd = a.dw.conv, a.sgd
+    g, x, _, scale, channels = n.inputs
+    rate = e.table(f"{n.name}.rate", numerics.weight_rate(conv, e.scales(scale), sgd.x_scale))
+    pre = numerics.pre_shift(127 * 255 * sgd.pixels)
+    fields = (f"{sgd.stream}u", e.ptr(channels), a.dw.kept, sgd.fraction_bits, pre, rate)
+    table = e.struct(f"{n.name}.update", "tl_dw", *fields)
+    kernel = "tl_depthwise_dw_s8" if conv.depthwise else "tl_conv2d_dw_s8"
+    w = e.ptr(n.writes[0])
+    fraction = f"TL_AT(uint8_t, s, {e.layout.offsets[n.writes[1]]})" if len(n.writes) > 1 else "NULL"
+    geo = e.conv(n, e.zero(x))
+    return call(kernel, "&c->step", geo, f"&{table}", e.grad(g), e.view(x), "c->lr", w, fraction, e.scratch(n))
+
+
+def emit_conv2d_db_sgd(e: Emitter, n: Node) -> str:
+    assert isinstance(n.attrs, FusedDb)
+    sgd = n.attrs.sgd
+    g, _, scale = n.inputs
+    rate = e.table(f"{n.name}.rate", numerics.bias_rate(sgd.conv, e.scales(scale), sgd.x_scale))
+    h, w, c = e.value(g).shape
+    if (h, w) == (1, 1):  # one vector for all pixels
+        h, w = sgd.pixels, 1
+    pre = numerics.pre_shift(127 * sgd.pixels)
+    bias = e.ptr(n.writes[0])
+    stream = f"{sgd.stream}u"
+    return call("tl_bias_sgd_s8", "&c->step", stream, e.grad(g), h, w, c, rate, "c->lr", pre, bias, e.scratch(n))
+
+
+EMIT: Mapping[str, Callable[[Emitter, Node], str]] = {
+    "conv2d": emit_conv2d,
+    "add": emit_add,
+    "avg_pool": emit_avg_pool,
+    "dense": emit_dense,
+    "clip_mask": emit_clip_mask,
+    "select_channels": emit_select_channels,
+    "check_lr": emit_check_lr,
+    "softmax_xent": emit_softmax_xent,
+    "dense_dx": emit_dense_dx,
+    "dense_sgd": emit_dense_sgd,
+    "avg_pool_dx": emit_avg_pool_dx,
+    "mask_grad": emit_mask_grad,
+    "round_grad": emit_round_grad,
+    "conv2d_dx_round": emit_conv2d_dx_round,
+    "conv2d_dw_sgd": emit_conv2d_dw_sgd,
+    "conv2d_db_sgd": emit_conv2d_db_sgd,
+}
