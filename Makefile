@@ -21,7 +21,7 @@ demo: tools $(VENV)/.run.stamp ## train a published int8 model on real images, i
 		exit 2; \
 	fi
 	$(BIN)/trainlet train --model "$$TRAINLET_ASSETS/models/mcunet-5fps.pkl" --data "$$TRAINLET_ASSETS/data/sign_digits" \
-		--scheme 99kb --epochs 2 --limit 500 --seed 0 --out $(DEMO_OUT)
+		--scheme 99kb --epochs 4 --seed 0 --overwrite --out $(DEMO_OUT)
 
 test: tools $(VENV)/.dev.stamp ## all tests; PYTEST_ARGS="-k exact" narrows them
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
