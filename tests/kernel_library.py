@@ -22,7 +22,8 @@ import numpy as np
 from trainlet.build import find_compiler, kernel_sources
 
 FILES = (
-    "add.c", "bias.c", "conv2d.c", "conv2d_dw.c", "conv2d_dx.c", "depthwise.c", "mask.c", "pool.c", "round.c", "tile.c",
+    "add.c", "bias.c", "conv2d.c", "conv2d_dw.c", "conv2d_dx.c", "depthwise.c", "depthwise_dw.c",
+    "mask.c", "pool.c", "round.c", "tile.c",
 )  # fmt: skip
 # head.c is compiled into this, so that its static functions can be called.
 PROBE = """#include "head.c"

@@ -52,5 +52,5 @@ def depthwise_dx_scratch(
 def depthwise_dw_scratch(
     in_h: int, in_w: int, in_c: int, out_h: int, out_w: int, out_c: int, kh: int, kw: int, groups: int, kept: int
 ) -> int:
-    """tl_depthwise_dw_s8: the sums of a block of channels."""
-    return 4 * kh * kw * _LANES
+    """tl_depthwise_dw_s8: the sums of a block of channels, a row of gradients and a row of inputs."""
+    return _LANES * (4 * kh * kw + 2 * (out_w + in_w))

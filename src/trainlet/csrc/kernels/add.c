@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* TFLite's int8 ADD, in runs of elements that are widened, added and narrowed in passes that compilers make vectors of. */
+/* TFLite's int8 ADD, by runs of elements: widened, scaled and narrowed in passes that compilers make vectors of. */
 #include "tl_math.h"
 #include "tl.h"
 
@@ -55,7 +55,8 @@ static void add_run(const tl_add *p, const factor f[3], const int8_t *a, const i
 
 static int whole_rows(tl_view v, int32_t channels) { return v.pixel == channels; }
 
-void tl_add_s8(const tl_add *p, tl_view a, tl_view b, tl_view y, int32_t width, int32_t channels, int32_t y0, int32_t y1)
+void tl_add_s8(const tl_add *p, tl_view a, tl_view b, tl_view y, int32_t width, int32_t channels, int32_t y0,
+               int32_t y1)
 {
     const factor f[3] = {factor_of(p->a_mult, p->a_shift), factor_of(p->b_mult, p->b_shift),
                          factor_of(p->y_mult, p->y_shift)};

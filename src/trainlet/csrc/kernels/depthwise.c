@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Depthwise convolution: forward, input gradient, weight update. Work goes by blocks of channels, whose weights are
+/* Depthwise convolution: forward and input gradient. Work goes by blocks of channels, whose weights are
  * transposed to [tap][channel] in scratch, so that inner loops run over neighboring channels. */
 #include "tl_math.h"
 #include "tl_requant.h"
@@ -215,58 +215,4 @@ void tl_depthwise_dx_s8(tl_step *step, const tl_conv *c, const tl_dx_scale *v, t
         }
     }
     tl_round_end(&r, y1 == c->in_h);
-}
-
-int32_t tl_depthwise_dw_scratch(const tl_conv *c, int32_t kept)
-{
-    (void)kept;
-    return c->kh * c->kw * BLOCK * 4;
-}
-
-/* Sums of taps x channels for kept channels j0 .. j0 + count - 1. */
-static void gradient_block(const tl_conv *c, const uint16_t *channels, tl_grad g, tl_view x, int32_t j0, int32_t count,
-                           int32_t *sums)
-{
-    const int32_t taps = c->kh * c->kw;
-    for (int32_t i = 0; i < taps * BLOCK; i++) sums[i] = 0;
-    for (int32_t oy = 0; oy < c->out_h; oy++) {
-        const int32_t top = oy * c->stride_h - c->pad_h;
-        const int32_t ky0 = first_tap(top, c->dil_h), ky1 = past_tap(top, c->dil_h, c->in_h, c->kh);
-        for (int32_t ox = 0; ox < c->out_w; ox++) {
-            const int32_t left = ox * c->stride_w - c->pad_w;
-            const int32_t kx0 = first_tap(left, c->dil_w), kx1 = past_tap(left, c->dil_w, c->in_w, c->kw);
-            const int8_t *in = g.r.data + (oy % g.r.ring) * g.r.row + ox * g.r.pixel;
-            int32_t r[BLOCK];
-            for (int32_t j = 0; j < count; j++) r[j] = in[channels ? channels[j0 + j] : j0 + j];
-            for (int32_t ky = ky0; ky < ky1; ky++) {
-                const int32_t iy = top + ky * c->dil_h;
-                const int8_t *row = x.data + (iy % x.ring) * x.row + j0;
-                for (int32_t kx = kx0; kx < kx1; kx++)
-                    multiply_add(row + (left + kx * c->dil_w) * x.pixel, r, c->x_zero, count,
-                                 sums + (ky * c->kw + kx) * BLOCK);
-            }
-        }
-    }
-}
-
-void tl_depthwise_dw_s8(const tl_step *step, const tl_conv *c, const tl_dw *d, tl_grad g, tl_view x, float lr, int8_t *w,
-                        uint8_t *fraction, void *scratch)
-{
-    const int32_t taps = c->kh * c->kw;
-    const uint32_t key = tl_site_key(step->key, d->stream);
-    int32_t *sums = scratch;
-    for (int32_t j0 = 0; j0 < d->kept; j0 += BLOCK) {
-        const int32_t count = TL_MIN(BLOCK, d->kept - j0);
-        gradient_block(c, d->channels, g, x, j0, count, sums);
-        for (int32_t j = 0; j < count; j++) {
-            const int32_t ch = d->channels ? d->channels[j0 + j] : j0 + j;
-            const float v = lr * d->rate[ch];
-            if (v == 0.0f) continue;
-            const tl_rate rate = tl_rate_of(v, g.e, d->pre, d->bits);
-            for (int32_t t = 0; t < taps; t++) {
-                const uint32_t word = tl_word(key, (uint32_t)(ch * taps + t));
-                tl_weight_sub(w, fraction, (j0 + j) * taps + t, d->bits, tl_rate_step(&rate, sums[t * BLOCK + j], word));
-            }
-        }
-    }
 }

@@ -22,8 +22,8 @@ void tl_clip_mask_s8(const int8_t *y, int32_t n, int32_t low, int32_t high, uint
     }
 }
 
-void tl_select_channels_s8(const int8_t *x, int32_t pixels, int32_t channels_in, int32_t groups, const uint16_t *channels,
-                           int32_t n, int8_t *out)
+void tl_select_channels_s8(const int8_t *x, int32_t pixels, int32_t channels_in, int32_t groups,
+                           const uint16_t *channels, int32_t n, int8_t *out)
 {
     const int32_t per_group = channels_in / groups;
     for (int32_t p = 0; p < pixels; p++)
