@@ -86,7 +86,7 @@ def test_emitted_c_has_no_logic(name: str) -> None:
     functions = text[: text.index("static const tl_model model")]
     code = re.sub(r"/\*.*?\*/", "", functions, flags=re.DOTALL)
     assert re.findall(r"\b(if|for|while|switch|do|goto|malloc|printf)\b|\?", code) == []
-    calls = re.findall(r"^    (?:TL_TRY\()?(tl_\w+)\(", code, flags=re.MULTILINE)
+    calls = re.findall(r"^    \{ (?:TL_TRY\()?(tl_\w+)\(", code, flags=re.MULTILINE)
     assert len(calls) == len(compiled.graph.nodes)
     for node in compiled.graph.nodes:
         assert f"    /* {node.layer}: {node.op} */\n" in functions

@@ -7,8 +7,8 @@ static void prefix(tl_context *c)
 {
     uint8_t *const a = c->arena;
     /* stem: conv2d */
-    tl_conv2d_s8(&conv_0_geometry, &conv_0_requant, (tl_weights){conv_0_weight, NULL, NULL, 0}, conv_0_bias,
-        TL_PLAIN(TL_AT(int8_t, a, 896), 8, 8, 3), TL_PLAIN(TL_AT(int8_t, a, 1088), 4, 4, 6), 0, 4, a + 0);
+    { tl_conv2d_s8(&conv_0_geometry, &conv_0_requant, (tl_weights){conv_0_weight, NULL, NULL, 0}, conv_0_bias,
+        TL_PLAIN(TL_AT(int8_t, a, 896), 8, 8, 3), TL_PLAIN(TL_AT(int8_t, a, 1088), 4, 4, 6), 0, 4, a + 0); }
 }
 
 static void forward(tl_context *c)
@@ -16,26 +16,26 @@ static void forward(tl_context *c)
     uint8_t *const a = c->arena;
     uint8_t *const s = c->state;
     /* block.depthwise: conv2d */
-    tl_depthwise_s8(&conv_1_geometry, &conv_1_requant, (tl_weights){NULL, TL_AT(int8_t, s, 168), NULL, 6},
+    { tl_depthwise_s8(&conv_1_geometry, &conv_1_requant, (tl_weights){NULL, TL_AT(int8_t, s, 168), NULL, 6},
         TL_AT(int32_t, s, 8), TL_PLAIN(TL_AT(int8_t, a, 1088), 4, 4, 6), TL_PLAIN(TL_AT(int8_t, a, 576), 4, 4, 6),
-        0, 4, a + 0);
+        0, 4, a + 0); }
     /* block.project: select_channels */
-    tl_select_channels_s8(TL_AT(int8_t, a, 576), 16, 6, 1, conv_2_channels, 3, TL_AT(int8_t, a, 512));
+    { tl_select_channels_s8(TL_AT(int8_t, a, 576), 16, 6, 1, conv_2_channels, 3, TL_AT(int8_t, a, 512)); }
     /* block.depthwise: clip_mask */
-    tl_clip_mask_s8(TL_AT(int8_t, a, 576), 96, -128, 127, TL_AT(uint8_t, a, 672));
+    { tl_clip_mask_s8(TL_AT(int8_t, a, 576), 96, -128, 127, TL_AT(uint8_t, a, 560)); }
     /* block.project: conv2d */
-    tl_conv2d_s8(&conv_2_geometry, &conv_2_requant, (tl_weights){conv_2_weight_frozen, TL_AT(int8_t, s, 249),
+    { tl_conv2d_s8(&conv_2_geometry, &conv_2_requant, (tl_weights){conv_2_weight_frozen, TL_AT(int8_t, s, 249),
         conv_2_channels, 3}, TL_AT(int32_t, s, 32), TL_PLAIN(TL_AT(int8_t, a, 576), 4, 4, 6), TL_PLAIN(TL_AT(int8_t,
-        a, 192), 4, 4, 6), 0, 4, a + 0);
+        a, 192), 4, 4, 6), 0, 4, a + 0); }
     /* add.0: add */
-    tl_add_s8(&add_0_scale, TL_PLAIN(TL_AT(int8_t, a, 1088), 4, 4, 6), TL_PLAIN(TL_AT(int8_t, a, 192), 4, 4, 6),
-        TL_PLAIN(TL_AT(int8_t, a, 0), 4, 4, 6), 4, 6, 0, 4);
+    { tl_add_s8(&add_0_scale, TL_PLAIN(TL_AT(int8_t, a, 1088), 4, 4, 6), TL_PLAIN(TL_AT(int8_t, a, 192), 4, 4, 6),
+        TL_PLAIN(TL_AT(int8_t, a, 0), 4, 4, 6), 4, 6, 0, 4); }
     /* pool: avg_pool */
-    tl_avg_pool_s8(&pool_geometry, TL_PLAIN(TL_AT(int8_t, a, 0), 4, 4, 6), TL_PLAIN(TL_AT(int8_t, a, 684), 1, 1, 6),
-        0, 1, a + 96);
+    { tl_avg_pool_s8(&pool_geometry, TL_PLAIN(TL_AT(int8_t, a, 0), 4, 4, 6), TL_PLAIN(TL_AT(int8_t, a, 984), 1, 1,
+        6), 0, 1, a + 96); }
     /* head: dense */
-    tl_dense_f32(TL_AT(int8_t, a, 684), 2, 0x1.8bc9e40000000p-5f, TL_AT(float, s, 56), TL_AT(float, s, 152), 4, 6,
-        TL_AT(float, a, 696));
+    { tl_dense_f32(TL_AT(int8_t, a, 984), 2, 0x1.8bc9e40000000p-5f, TL_AT(float, s, 56), TL_AT(float, s, 152), 4, 6,
+        TL_AT(float, a, 952)); }
 }
 
 static tl_status gradient(tl_context *c)
@@ -43,14 +43,14 @@ static tl_status gradient(tl_context *c)
     uint8_t *const a = c->arena;
     uint8_t *const s = c->state;
     /* lr: check_lr */
-    TL_TRY(tl_check_lr(c->lr, 0x1.505afa0000000p+13f));
+    { TL_TRY(tl_check_lr(c->lr, 0x1.505afa0000000p+13f)); }
     /* loss: softmax_xent */
-    TL_TRY(tl_softmax_xent_f32(TL_AT(float, a, 696), 4, c->label, &c->loss, TL_AT(float, a, 560)));
+    { TL_TRY(tl_softmax_xent_f32(TL_AT(float, a, 952), 4, c->label, &c->loss, TL_AT(float, a, 968))); }
     /* head: dense_dx */
-    tl_dense_dx_f32(TL_AT(float, a, 560), TL_AT(float, s, 56), 4, 6, TL_AT(float, a, 0));
+    { tl_dense_dx_f32(TL_AT(float, a, 968), TL_AT(float, s, 56), 4, 6, TL_AT(float, a, 0)); }
     /* pool: avg_pool_dx */
-    TL_TRY(tl_avg_pool_dx_s8(&c->step, 9u, TL_AT(float, a, 0), 6, 0x1.0000000000000p-4f, TL_AT(int8_t, a, 712),
-        &c->exponent[0]));
+    { TL_TRY(tl_avg_pool_dx_s8(&c->step, 9u, TL_AT(float, a, 0), 6, 0x1.0000000000000p-4f, TL_AT(int8_t, a, 992),
+        &c->exponent[0])); }
     return TL_OK;
 }
 
@@ -59,8 +59,8 @@ static void head(tl_context *c)
     uint8_t *const a = c->arena;
     uint8_t *const s = c->state;
     /* head: dense_sgd */
-    tl_dense_sgd_f32(TL_AT(float, a, 560), TL_AT(int8_t, a, 684), 2, 0x1.8bc9e40000000p-5f, c->lr, 4, 6,
-        TL_AT(float, s, 56), TL_AT(float, s, 152));
+    { tl_dense_sgd_f32(TL_AT(float, a, 968), TL_AT(int8_t, a, 984), 2, 0x1.8bc9e40000000p-5f, c->lr, 4, 6,
+        TL_AT(float, s, 56), TL_AT(float, s, 152)); }
 }
 
 static void backward(tl_context *c)
@@ -68,24 +68,24 @@ static void backward(tl_context *c)
     uint8_t *const a = c->arena;
     uint8_t *const s = c->state;
     /* block.depthwise: conv2d_dx_round */
-    tl_conv2d_dx_s8(&c->step, &conv_2_round_geometry, &conv_2_round_scale, (tl_weights){conv_2_weight_frozen,
-        TL_AT(int8_t, s, 249), conv_2_channels, 3}, (tl_grad){TL_VECTOR(TL_AT(int8_t, a, 712)), c->exponent[0]},
-        &(const tl_site){6u, TL_AT(int8_t, s, 276), &c->exponent[1], NULL, 0, (tl_mask){TL_AT(uint8_t, a, 672),
-        NULL, -128, 127}}, TL_AT(int8_t, a, 576), 0, 4, a + 0);
+    { tl_conv2d_dx_s8(&c->step, &conv_2_round_geometry, &conv_2_round_scale, (tl_weights){conv_2_weight_frozen,
+        TL_AT(int8_t, s, 249), conv_2_channels, 3}, (tl_grad){TL_VECTOR(TL_AT(int8_t, a, 992)), c->exponent[0]},
+        &(const tl_site){6u, TL_AT(int8_t, s, 276), &c->exponent[1], NULL, 0, (tl_mask){TL_AT(uint8_t, a, 560),
+        NULL, -128, 127}}, TL_AT(int8_t, a, 832), 0, 4, a + 0); }
     /* block.project: conv2d_dw_sgd */
-    tl_conv2d_dw_s8(&c->step, &conv_2_weight_sgd_geometry, &conv_2_weight_sgd_update,
-        (tl_grad){TL_VECTOR(TL_AT(int8_t, a, 712)), c->exponent[0]}, TL_PLAIN(TL_AT(int8_t, a, 512), 4, 4, 3),
-        c->lr, TL_AT(int8_t, s, 249), TL_AT(uint8_t, s, 267), a + 0);
+    { tl_conv2d_dw_s8(&c->step, &conv_2_weight_sgd_geometry, &conv_2_weight_sgd_update,
+        (tl_grad){TL_VECTOR(TL_AT(int8_t, a, 992)), c->exponent[0]}, TL_PLAIN(TL_AT(int8_t, a, 512), 4, 4, 3),
+        c->lr, TL_AT(int8_t, s, 249), TL_AT(uint8_t, s, 267), a + 0); }
     /* block.project: conv2d_db_sgd */
-    tl_bias_sgd_s8(&c->step, 8u, (tl_grad){TL_VECTOR(TL_AT(int8_t, a, 712)), c->exponent[0]}, 16, 1, 6,
-        conv_2_bias_sgd_rate, c->lr, 16, TL_AT(int32_t, s, 32), a + 672);
+    { tl_bias_sgd_s8(&c->step, 8u, (tl_grad){TL_VECTOR(TL_AT(int8_t, a, 992)), c->exponent[0]}, 16, 1, 6,
+        conv_2_bias_sgd_rate, c->lr, 16, TL_AT(int32_t, s, 32), a + 928); }
     /* block.depthwise: conv2d_dw_sgd */
-    tl_depthwise_dw_s8(&c->step, &conv_1_weight_sgd_geometry, &conv_1_weight_sgd_update,
-        (tl_grad){TL_PLAIN(TL_AT(int8_t, a, 576), 4, 4, 6), c->exponent[1]}, TL_PLAIN(TL_AT(int8_t, a, 1088), 4, 4,
-        6), c->lr, TL_AT(int8_t, s, 168), TL_AT(uint8_t, s, 222), a + 0);
+    { tl_depthwise_dw_s8(&c->step, &conv_1_weight_sgd_geometry, &conv_1_weight_sgd_update,
+        (tl_grad){TL_PLAIN(TL_AT(int8_t, a, 832), 4, 4, 6), c->exponent[1]}, TL_PLAIN(TL_AT(int8_t, a, 1088), 4, 4,
+        6), c->lr, TL_AT(int8_t, s, 168), TL_AT(uint8_t, s, 222), a + 0); }
     /* block.depthwise: conv2d_db_sgd */
-    tl_bias_sgd_s8(&c->step, 5u, (tl_grad){TL_PLAIN(TL_AT(int8_t, a, 576), 4, 4, 6), c->exponent[1]}, 4, 4, 6,
-        conv_1_bias_sgd_rate, c->lr, 16, TL_AT(int32_t, s, 8), a + 0);
+    { tl_bias_sgd_s8(&c->step, 5u, (tl_grad){TL_PLAIN(TL_AT(int8_t, a, 832), 4, 4, 6), c->exponent[1]}, 4, 4, 6,
+        conv_1_bias_sgd_rate, c->lr, 16, TL_AT(int32_t, s, 8), a + 0); }
 }
 
 static const tl_init start[] = {
@@ -106,7 +106,7 @@ static const tl_model model = {
     .classes = 4,
     .features = 6,
     .input = 896u,
-    .logits = 696u,
+    .logits = 952u,
     .head_w = 56u,
     .head_b = 152u,
     .head_range = 0x1.a20bd80000000p-2f,
