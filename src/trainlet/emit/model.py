@@ -64,8 +64,8 @@ def _sections(graph: Graph) -> dict[str, list[Node]]:
 
 
 def _statement(e: Emitter, node: Node) -> str:
-    """A block of its own: the views that a call is given live to the end of the block they stand in, and without one they
-    would add up to kilobytes of stack."""
+    """A block of its own: the views that a call is given live to the end of the block they stand in, and without one
+    they would add up to kilobytes of stack."""
     text = EMIT[node.op](e, node)
     text = f"{{ TL_TRY({text}); }}" if node.op in REFUSES else f"{{ {text}; }}"
     body = textwrap.fill(
