@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
+from trainlet.cli import device  # noqa: F401  registers its commands
 from trainlet.cli.commands import StoppedError, app
 from trainlet.cli.output import Report
 from trainlet.errors import TrainletError, UsageError

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trainlet.cli.prepare import Prepared
     from trainlet.data import Dataset
     from trainlet.session import Session
+    from trainlet.targets import Target
 
 app = typer.Typer(
     add_completion=False,
@@ -27,12 +28,11 @@ app = typer.Typer(
 )
 
 
-
 class StoppedError(Exception):
     """Ctrl-C, kept from typer, which would swallow its text."""
 
 
-def _command(name: str) -> Callable[[Callable[..., Report]], Callable[..., Report]]:
+def command(name: str) -> Callable[[Callable[..., Report]], Callable[..., Report]]:
     """Registers a command."""
 
     def register(body: Callable[..., Report]) -> Callable[..., Report]:
@@ -70,12 +70,15 @@ Sram = Annotated[str | None, typer.Option(help="Refuse a plan above this, such a
 Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
 Data = Annotated[Path, typer.Option(help="Folder with {train,val}/CLASS/*.jpg, or an .npz of arrays.")]
 Device = Annotated[str, typer.Option("--on", help="Where the C runs: host.")]
+Place = Annotated[str, typer.Option("--on", help="host, or an emulated chip: cortex-m7, cortex-m4, cortex-m0plus.")]
+Chip = Annotated[str | None, typer.Option("--target", help="The chip of --on; `trainlet targets` lists them.")]
+Flash = Annotated[str | None, typer.Option("--flash", help="Cut the chip's flash to this, such as 512K.")]
 
 
 # --- models -------------------------------------------------------------------------------------------------
 
 
-@_command("import")
+@command("import")
 def import_(
     file: Annotated[Path, typer.Argument(help="Model file.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the graph: NAME.json and NAME.safetensors.")] = None,
@@ -98,7 +101,7 @@ def import_(
     return Report(data, [Table(data["model"], (), rows)], lines)
 
 
-@_command("plan")
+@command("plan")
 def plan(
     model: Model,
     scheme: Scheme,
@@ -110,7 +113,7 @@ def plan(
     """Say how much memory training takes."""
     from trainlet.cli.prepare import check_sram
 
-    p = _prepare(model, scheme, classes, bits)
+    p = prepare_model(model, scheme, classes, bits)
     check_sram(p, sram)
     largest = p.largest()
     data = {**p.facts(), "classes": classes, "largest": largest}
@@ -118,7 +121,7 @@ def plan(
     return Report(data, [_memory(p), Table("largest buffers at the peak", ("buffer", "layer", "bytes"), rows)])
 
 
-@_command("compile")
+@command("compile")
 def compile_(
     model: Model,
     scheme: Scheme,
@@ -133,7 +136,7 @@ def compile_(
     from trainlet.package import write_package
 
     prepare_out(out)
-    p = _prepare(model, scheme, classes, bits)
+    p = prepare_model(model, scheme, classes, bits)
     check_sram(p, sram)
     # without the folders, which must not change the bytes of what is written
     words = ["trainlet", "compile", "--model", model.name, "--scheme", Path(scheme).name, "--classes", str(classes)]
@@ -142,7 +145,7 @@ def compile_(
     return Report(data, [_memory(p)], [f"wrote {out}"])
 
 
-def _prepare(model: Path, scheme: str, classes: int, bits: int | None) -> Prepared:
+def prepare_model(model: Path, scheme: str, classes: int, bits: int | None) -> Prepared:
     from trainlet.cli.prepare import load_model, prepare, resolve_scheme
 
     graph = load_model(model)
@@ -164,7 +167,7 @@ def _words(key: str) -> str:
 # --- training -----------------------------------------------------------------------------------------------
 
 
-@_command("train")
+@command("train")
 def train(
     model: Model,
     data: Data,
@@ -184,11 +187,13 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard an unfinished run in --out.")] = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute the frozen prefix at every step.")] = False,
     sram: Sram = None,
-    on: Device = "host",
+    on: Place = "host",
+    target: Chip = None,
+    flash: Flash = None,
     json: Json = False,
 ) -> Report:
     """Train a model on labelled images, in generated C."""
-    from trainlet.cli.prepare import check_sram, load_model, prepare, prepare_out, resolve_scheme
+    from trainlet.cli.prepare import check_sram, choose_target, load_model, prepare, prepare_out, resolve_scheme
     from trainlet.data import Transform
     from trainlet.statefile import StateMeta
     from trainlet.train import Run, TrainConfig, default_lr
@@ -196,7 +201,7 @@ def train(
     words = tuple(w.strip() for w in augment.split(",") if w.strip())
     if resume and overwrite:
         raise UsageError("--resume and --overwrite: give one of them, the first goes on and the second begins again")
-    _check_device(on)
+    chip = choose_target(on, target, sram, flash)
     graph = load_model(model)
     chosen = resolve_scheme(scheme, graph, bits)
     rate = default_lr(chosen) if lr is None else lr
@@ -204,13 +209,17 @@ def train(
     dataset = _dataset(data, Transform(_shape(graph), resize, words))
     prepare_out(out)
     p = prepare(graph, chosen, len(dataset.classes))
-    check_sram(p, sram)
-    session = _session(p)
+    if chip is None:
+        check_sram(p, sram)
+    session, measured = _place(p, chip)
     meta = StateMeta(graph.name, session.model_hash, chosen.to_json(), dataset.classes, chosen.bits, resize)
     facts = {"extra_memory_bytes": p.extra_memory_bytes, "device": on}
+    if chip is not None:
+        facts |= {"target": chip.name, "sram_bytes": chip.sram_bytes, "evaluated_on": "host"}
     run = Run(session, dataset, config, out, meta, facts=facts, progress=RichProgress())
-    result = run.start(resume=resume, overwrite=overwrite)
-    return Report(result, [_memory(p), _result_table(result)], [f"trained state: {result['state']}"])
+    result = {**run.start(resume=resume, overwrite=overwrite), **measured()}
+    tables = [_memory(p), _result_table(result), *measured_table(measured())]
+    return Report(result, tables, [f"trained state: {result['state']}"])
 
 
 def _result_table(r: dict[str, Any]) -> Table:
@@ -227,7 +236,7 @@ def _result_table(r: dict[str, Any]) -> Table:
     return Table(f"{r['epochs']} epochs, {r['steps']} steps", (), rows)
 
 
-@_command("eval")
+@command("eval")
 def evaluate(
     model: Model,
     data: Data,
@@ -322,6 +331,23 @@ def _session(p: Prepared) -> Session:
     from trainlet.session.host import HostSession
 
     return HostSession(p.compiled)
+
+
+def _place(p: Prepared, chip: Target | None) -> tuple[Session, Callable[[], dict[str, int]]]:
+    """A session here or on an emulated chip, and what is measured there once it has run."""
+    if chip is None:
+        return _session(p), dict
+    from trainlet.session.emulator import EmulatorSession
+    from trainlet.session.mixed import MixedSession
+
+    device = EmulatorSession(p.compiled, chip)
+    return MixedSession(device, _session(p)), device.facts
+
+
+def measured_table(facts: dict[str, int]) -> list[Table]:
+    """What an emulated chip measured; nothing for the host."""
+    rows = [(_words(k), grouped(v)) for k, v in facts.items()]
+    return [Table("measured on the emulated chip", (), rows)] if rows else []
 
 
 def _few(names: tuple[str, ...]) -> str:

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from trainlet import frontends, irfile
 from trainlet.compiler import Compiled, compile_model
@@ -16,8 +15,7 @@ from trainlet.ir import Graph, Stage
 from trainlet.ops import Conv2d
 from trainlet.plan import largest_alive
 from trainlet.scheme import UpdateScheme, extra_memory_bytes, resolve
-
-_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20}
+from trainlet.targets import DEFAULT_TARGET, Target, find_target, parse_size, with_limits
 
 
 @dataclass(frozen=True)
@@ -79,12 +77,21 @@ def resolve_scheme(spec: str, model: Graph, bits: int | None) -> UpdateScheme:
     return resolve(spec, model, bits)
 
 
-def parse_size(text: str) -> int:
-    """Bytes: a whole number with K, KB, KiB (1024 bytes), M, MB, MiB or nothing behind it."""
-    found = re.fullmatch(r"\s*([0-9]{1,12})\s*([KM]?)(?:I?B)?\s*", text.upper())
-    if not found or not int(found[1]):
-        raise UsageError(f"--sram {text!r}: give a size such as 320K, 1M or 262144")
-    return int(found[1]) * _UNITS[found[2]]
+def choose_target(on: str, name: str | None, sram: str | None, flash: str | None) -> Target | None:
+    """The chip of ``--on`` with its memory cut to ``--sram`` and ``--flash``; None for the host. UsageError where they
+    contradict each other."""
+    if on == "host":
+        given = "--target" if name is not None else "--flash" if flash is not None else ""
+        if given:
+            raise UsageError(f"{given}: --on host has no chip; give --on {' or '.join(DEFAULT_TARGET)} too")
+        return None
+    if on not in DEFAULT_TARGET:
+        raise UsageError(f"--on {on!r}: training runs on host, {', '.join(DEFAULT_TARGET)}; give one of them")
+    target = find_target(name or DEFAULT_TARGET[on])
+    if target.core != on:
+        raise UsageError(f"--on {on} --target {target.name}: that is a {target.core}; give --on {target.core}")
+    limits = (parse_size(v, o) if v is not None else None for v, o in ((sram, "--sram"), (flash, "--flash")))
+    return with_limits(target, *limits)
 
 
 def check_sram(p: Prepared, sram: str | None) -> None:

@@ -12,19 +12,9 @@ from numpy.typing import NDArray
 from trainlet.build import NATIVE, build_library
 from trainlet.compiler import Compiled
 from trainlet.emit import prefix_values
-from trainlet.errors import MismatchError, UsageError
 from trainlet.session import Image, StepInfo
+from trainlet.session.checks import check_image, check_label, check_prefix, check_status, class_count
 from trainlet.session.state import StateCodec
-
-_STATUS = {
-    2: (UsageError, "label {label} is out of range: the head has classes 0 to {last}"),
-    3: (UsageError, "the memory is smaller than the model's arena ({arena} bytes) or state ({state} bytes)"),
-    4: (UsageError, "the arena or the state is not aligned to 4 bytes"),
-    5: (UsageError, "the learning rate {lr} is negative, not a finite number, or too large for a layer's scale"),
-    6: (MismatchError, "a logit or a feature gradient is not a finite number, and nothing has changed; lower the rate"),
-    7: (UsageError, "the image was not fed row by row from the first to the last row"),
-    8: (UsageError, "the saved state is damaged or belongs to another model or scheme"),
-}  # fmt: skip
 
 
 class _Context(ctypes.Structure):
@@ -66,15 +56,12 @@ class HostSession:
         self.arena_bytes = compiled.plan.arena_bytes
         self.state_bytes = compiled.layout.nbytes
         self.model_hash = compiled.model_hash
-        head = next(n for n in compiled.graph.nodes if n.op == "dense")
-        self.classes = compiled.graph.values[head.inputs[1]].shape[0]
+        self.classes = class_count(compiled)
         self.library_path = build_library(compiled.sources.files, cc=cc, extra=flags)
         self._lib = ctypes.CDLL(str(self.library_path))
         self._shape = compiled.graph.values[compiled.graph.inputs[0]].shape
         self._codec = StateCodec(compiled.graph, compiled.layout)
-        self._cut = [
-            (compiled.plan.offsets[v], compiled.graph.values[v].nbytes) for v in prefix_values(compiled.graph)
-        ]
+        self._cut = [(compiled.plan.offsets[v], compiled.graph.values[v].nbytes) for v in prefix_values(compiled.graph)]
         slots = max((v.exponent for v in compiled.graph.values.values() if v.exponent is not None), default=0)
         self._exponents = np.zeros(slots + 1, np.int16)
         self._arena, self._state = _aligned(self.arena_bytes), _aligned(self.state_bytes)
@@ -110,18 +97,10 @@ class HostSession:
         self._arena, self._state = arena, state
 
     def _check(self, status: int, label: int = 0, lr: float = 0.0) -> None:
-        if status == 0:
-            return
-        error, text = _STATUS[status]
-        sizes = {"arena": self.arena_bytes, "state": self.state_bytes}
-        raise error(text.format(label=label, last=self.classes - 1, lr=lr, **sizes))
+        check_status(self.compiled, status, label, lr)
 
     def _image(self, image: Image) -> ctypes.c_void_p:
-        if image.dtype != np.int8 or image.shape != self._shape:
-            want = "x".join(map(str, self._shape))
-            given = "x".join(map(str, image.shape))
-            raise UsageError(f"the image is {image.dtype} {given}; the model reads int8 {want}")
-        self._held = np.ascontiguousarray(image)
+        self._held = check_image(image, self._shape)
         return ctypes.c_void_p(self._held.ctypes.data)
 
     def _read_logits(self) -> NDArray[np.float32]:
@@ -145,14 +124,10 @@ class HostSession:
         return self._read_logits()
 
     def train_step(self, image: Image, label: int, lr: float) -> StepInfo:
-        self._check_label(label)
+        check_label(self.compiled, label)
         out = ctypes.byref(self._info)
         args = (*self._pair(), self._image(image), ctypes.c_int32(label), ctypes.c_float(lr), out)
         return self._step(self._train(*args), label, lr)
-
-    def _check_label(self, label: int) -> None:
-        if not 0 <= label < self.classes:
-            self._check(2, label)
 
     def prefix(self, image: Image) -> bytes:
         if not self._cut:
@@ -167,9 +142,7 @@ class HostSession:
         return b"".join(self._arena[at : at + n].tobytes() for at, n in self._cut)
 
     def _restore(self, prefix: bytes) -> None:
-        want = sum(n for _, n in self._cut)
-        if len(prefix) != want or not want:
-            raise UsageError(f"a stored prefix of this model has {want} bytes, not {len(prefix)}")
+        check_prefix(prefix, sum(n for _, n in self._cut))
         data, begin = np.frombuffer(prefix, np.uint8), 0
         for at, n in self._cut:
             self._arena[at : at + n] = data[begin : begin + n]
@@ -181,7 +154,7 @@ class HostSession:
         return self._read_logits()
 
     def train_step_cached(self, prefix: bytes, label: int, lr: float) -> StepInfo:
-        self._check_label(label)
+        check_label(self.compiled, label)
         self._restore(prefix)
         out = ctypes.byref(self._info)
         status = self._train_rest(*self._pair(), ctypes.c_int32(label), ctypes.c_float(lr), out)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every session refuses in the same words: images of another shape, and the statuses that C returns."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainlet.compiler import Compiled
+from trainlet.errors import MismatchError, UsageError
+
+BAD_ARGUMENT = 2
+_STATUS = {
+    BAD_ARGUMENT: (UsageError, "label {label} is out of range: the head has classes 0 to {last}"),
+    3: (UsageError, "the memory is smaller than the model's arena ({arena} bytes) or state ({state} bytes)"),
+    4: (UsageError, "the arena or the state is not aligned to 4 bytes"),
+    5: (UsageError, "the learning rate {lr} is negative, not a finite number, or too large for a layer's scale"),
+    6: (MismatchError, "a logit or a feature gradient is not a finite number, and nothing has changed; lower the rate"),
+    7: (UsageError, "the image was not fed row by row from the first to the last row"),
+    8: (UsageError, "the saved state is damaged or belongs to another model or scheme"),
+}  # fmt: skip
+
+
+def class_count(compiled: Compiled) -> int:
+    """Classes of the head."""
+    head = next(n for n in compiled.graph.nodes if n.op == "dense")
+    return compiled.graph.values[head.inputs[1]].shape[0]
+
+
+def check_status(compiled: Compiled, status: int, label: int = 0, lr: float = 0.0) -> None:
+    """Raises what a tl_status other than TL_OK (0) means."""
+    if status == 0:
+        return
+    error, text = _STATUS[status]
+    sizes = {"arena": compiled.plan.arena_bytes, "state": compiled.layout.nbytes}
+    raise error(text.format(label=label, last=class_count(compiled) - 1, lr=lr, **sizes))
+
+
+def check_label(compiled: Compiled, label: int) -> None:
+    """UsageError where the head has no such class."""
+    if not 0 <= label < class_count(compiled):
+        check_status(compiled, BAD_ARGUMENT, label)
+
+
+def check_image(image: NDArray[np.int8], shape: tuple[int, ...]) -> NDArray[np.int8]:
+    """The image in C order; UsageError where it is not int8 of this shape."""
+    if image.dtype != np.int8 or image.shape != shape:
+        want = "x".join(map(str, shape))
+        given = "x".join(map(str, image.shape))
+        raise UsageError(f"the image is {image.dtype} {given}; the model reads int8 {want}")
+    return np.ascontiguousarray(image)
+
+
+def check_prefix(prefix: bytes, want: int) -> None:
+    """UsageError where a stored prefix is not one of this model."""
+    if len(prefix) != want or not want:
+        raise UsageError(f"a stored prefix of this model has {want} bytes, not {len(prefix)}")
