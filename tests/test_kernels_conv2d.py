@@ -187,3 +187,20 @@ def test_plain_and_vector_tiles_give_the_same_sums() -> None:
         pairs = w.astype(np.int64).transpose(0, 2, 1).reshape(even, 16)
         for acc in got:
             np.testing.assert_array_equal(acc, 3 + x.astype(np.int64) @ pairs)
+
+
+def test_padding_below_and_to_the_right_of_a_pointwise_layer(lib: ctypes.CDLL) -> None:
+    """Outputs past the input see only padding, so they are the bias."""
+    conv = Conv2d((1, 1), pads=(0, 2, 0, 1))
+    x = block(np.arange(2 * 3 * 4).reshape(2, 3, 4) - 12, np.int8)
+    w, bias = np.ones((5, 1, 1, 4), np.int8), np.arange(5, dtype=np.int32)
+    c = geometry(conv, x.shape, 5, 3)
+    weights, kept = split(w, np.zeros(0, np.int64))
+    mult, shift = (block(t) for t in numerics.requantize(1.0, np.ones(5, np.float32), 1.0))
+    q, b = Requant(mult.at, shift.at, 0, -128, 127), block(bias)
+    y, work = block(np.zeros((4, 4, 5)), np.int8), planned(lib, "conv2d_scratch", c, 0)
+    lib.tl_conv2d_s8(byref(c), byref(q), weights, b.ctypes, plain(x), plain(y), 0, 4, work.ctypes)
+    sums = np.zeros((4, 4, 5), np.int64) + bias
+    sums[:2, :3] += (x.astype(np.int64) - 3).sum(axis=2)[..., None]
+    np.testing.assert_array_equal(y, np.clip(sums, -128, 127))
+    del kept

@@ -59,7 +59,8 @@ static void gather(const tl_conv *c, tl_view x, int32_t oy, int32_t ox, int32_t 
 static int is_pointwise(const tl_conv *c, tl_view x)
 {
     const int one = (c->kh | c->kw | c->stride_h | c->stride_w | c->groups) == 1;
-    return one && !c->pad_h && !c->pad_w && x.pixel == c->in_c && x.row == c->in_w * c->in_c && x.ring >= c->in_h;
+    const int padded = c->pad_h || c->pad_w || c->out_h != c->in_h || c->out_w != c->in_w; /* below and right too */
+    return one && !padded && x.pixel == c->in_c && x.row == c->in_w * c->in_c && x.ring >= c->in_h;
 }
 
 /* patch[row][n] = inputs of the output pixels p0 .. p0 + rows - 1 of the range that begins at row y0; the rest is 0. */
