@@ -39,9 +39,10 @@ BUILDS = {
     "native": ("-O3", "-march=native"),
     "plain": ("-O1", "-DTL_PLAIN_TILE"),
     "sanitized": ("-O1", "-g", *SANITIZERS),
+    "sanitized vectors": ("-O1", "-g", "-march=native", *SANITIZERS),
 }
 SANITIZED = os.environ.get("TRAINLET_TEST_SANITIZED") == "1"
-RUNNABLE = ["sanitized"] if SANITIZED else ["native", "plain"]
+RUNNABLE = ["sanitized", "sanitized vectors"] if SANITIZED else ["native", "plain"]
 
 Changes = Mapping[str, tuple[str, str]]
 

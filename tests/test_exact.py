@@ -416,7 +416,7 @@ def test_a_wrong_access_is_caught(sanitized_kernels: tuple[Path, list[Path]], tm
 
 FAULTS = {
     "a tap too early": ("conv2d.c", "- c->pad_h + ky * c->dil_h", "- c->pad_h + ky * c->dil_h - 1", "shared_later"),
-    "the next random word": ("conv2d_dw.c", "tl_word(key, (uint32_t)(", "tl_word(key, (uint32_t)(1 + ", "shared_later"),
+    "the next random word": ("conv2d_dw.c", "row->channel[j])", "row->channel[j] + 1)", "shared_later"),
     "a fan-out overwrites": ("round.c", "tl_clamp(h[j] + add,", "tl_clamp(add,", "shared_later"),
     "a mask with >=": ("mask.c", "(y[i + k] > lo)", "(y[i + k] >= lo)", "add_with_activation"),
     "rho sinks too fast": ("round.c", "rho - 1", "rho - 2", "shared_later"),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The general convolution kernels alone: the cases of the test vectors bit for bit, in the x86 and the plain form,
-whole and in ranges of rows; scratch as the planner reserves it; random sizes; planted faults."""
+"""The general convolution kernels and the plain rounding alone: the cases of the test vectors bit for bit, random layers
+against plain Python, in the x86 and the plain form, whole and in ranges of rows; scratch as the planner reserves it;
+planted faults."""
 
 from __future__ import annotations
 
@@ -11,6 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conv2d_checks import (
+    check_largest_dw,
+    check_largest_forward,
+    check_pads_after,
+    check_random,
+    planned,
+    split,
+)
 from conv_cases import COUNT, ConvCase, load_case
 from depthwise_checks import pack, unpack
 from kernel_library import (
@@ -27,21 +36,13 @@ from kernel_library import (
     block,
     library,
     plain,
-    scratch,
 )  # fmt: skip
 from kernel_model import mix, store_weight
 
 from trainlet import numerics
-from trainlet import scratch as sizes
 from trainlet.ops import Conv2d, conv_out_hw
 
-FAULTS = {
-    "a tap further": ("conv2d.c", ("- c->pad_h + ky * c->dil_h", "- c->pad_h + (ky + 1) * c->dil_h")),
-    "forward truncates": ("tl_math.h", ("+ ((int64_t)1 << 30)) >> 31", ") >> 31")),
-    "the next random word": ("conv2d_dw.c", ("d->channels[j] : j)", "d->channels[j] : j) + 1")),
-    "a gradient that overwrites": ("round.c", ("site->n_further; i++", "site->n_further - 1; i++")),
-    "one pixel short": ("conv2d_dw.c", ("n = TL_MIN(size, pixels - p0);", "n = TL_MIN(size, pixels - p0) - 1;")),
-}  # fmt: skip
+RANDOM = 300
 
 
 @pytest.fixture(params=RUNNABLE)
@@ -53,25 +54,6 @@ def geometry(conv: Conv2d, x: tuple[int, ...], out_c: int, x_zero: int) -> Conv:
     out = conv_out_hw(conv, x[0], x[1])
     pads = (conv.pads[0], conv.pads[2])
     return Conv(*x, *out, out_c, *conv.kernel, *conv.stride, *conv.dilation, *pads, conv.groups, x_zero)
-
-
-def split(w: np.ndarray, channels: np.ndarray) -> tuple[Weights, list[np.ndarray]]:
-    """Weights of which ``channels`` are trained, and the buffers to keep alive."""
-    n, whole = len(channels), w.shape[3]
-    frozen = block(np.delete(w, channels, 3)) if n < whole else None
-    trained = block(w[..., channels]) if n else None
-    table = block(channels, np.uint16) if 0 < n < whole else None
-    kept = [b for b in (frozen, trained, table) if b is not None]
-    return Weights(*(None if b is None else b.at for b in (frozen, trained, table)), n), kept
-
-
-def planned(lib: ctypes.CDLL, name: str, c: Conv, kept: int) -> np.ndarray:
-    """Scratch of the size on which planner and kernel agree, full of junk."""
-    args = (byref(c), kept) if name == "conv2d_dw_scratch" else (byref(c),)
-    n = getattr(lib, f"tl_{name}")(*args)
-    shape = (c.in_h, c.in_w, c.in_c, c.out_h, c.out_w, c.out_c, c.kh, c.kw, c.groups, kept)
-    assert n == getattr(sizes, name)(*shape)
-    return scratch(n, np.random.default_rng(1))
 
 
 def check_forward(lib: ctypes.CDLL, case: ConvCase, w: Weights, c: Conv) -> None:
@@ -152,24 +134,28 @@ def general(assets: Path) -> list[ConvCase]:
     return [case for case in (load_case(assets, n) for n in range(COUNT)) if not case.info["depthwise"]]
 
 
-def test_vectors(assets: Path, lib: ctypes.CDLL) -> None:
-    cases = general(assets)
-    assert len(cases) > 20
+def check_all(lib: ctypes.CDLL, cases: list[ConvCase]) -> None:
     for case in cases:
         check(lib, case)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_caught(assets: Path, fault: str) -> None:
-    name, change = FAULTS[fault]
-    broken = library(RUNNABLE[0], {name: change})
-    caught = 0
-    for case in general(assets):
-        try:
-            check(broken, case)
-        except AssertionError:
-            caught += 1
-    assert caught > 0
+def test_vectors(assets: Path, lib: ctypes.CDLL) -> None:
+    cases = general(assets)
+    assert len(cases) > 20
+    check_all(lib, cases)
+
+
+def everything(lib: ctypes.CDLL) -> None:
+    """All but the vectors."""
+    check_pads_after(lib)
+    check_largest_forward(lib)
+    check_largest_dw(lib)
+    for seed in range(RANDOM):
+        check_random(lib, seed)
+
+
+def test_random_layers_and_ends(lib: ctypes.CDLL) -> None:
+    everything(lib)
 
 
 def test_plain_and_vector_tiles_give_the_same_sums() -> None:
@@ -189,18 +175,64 @@ def test_plain_and_vector_tiles_give_the_same_sums() -> None:
             np.testing.assert_array_equal(acc, 3 + x.astype(np.int64) @ pairs)
 
 
-def test_padding_below_and_to_the_right_of_a_pointwise_layer(lib: ctypes.CDLL) -> None:
-    """Outputs past the input see only padding, so they are the bias."""
-    conv = Conv2d((1, 1), pads=(0, 2, 0, 1))
-    x = block(np.arange(2 * 3 * 4).reshape(2, 3, 4) - 12, np.int8)
-    w, bias = np.ones((5, 1, 1, 4), np.int8), np.arange(5, dtype=np.int32)
-    c = geometry(conv, x.shape, 5, 3)
-    weights, kept = split(w, np.zeros(0, np.int64))
-    mult, shift = (block(t) for t in numerics.requantize(1.0, np.ones(5, np.float32), 1.0))
-    q, b = Requant(mult.at, shift.at, 0, -128, 127), block(bias)
-    y, work = block(np.zeros((4, 4, 5)), np.int8), planned(lib, "conv2d_scratch", c, 0)
-    lib.tl_conv2d_s8(byref(c), byref(q), weights, b.ctypes, plain(x), plain(y), 0, 4, work.ctypes)
-    sums = np.zeros((4, 4, 5), np.int64) + bias
-    sums[:2, :3] += (x.astype(np.int64) - 3).sum(axis=2)[..., None]
-    np.testing.assert_array_equal(y, np.clip(sums, -128, 127))
-    del kept
+# --- planted faults -------------------------------------------------------------------------------------------
+
+VECTOR_FAULTS = {
+    "a tap further": ("conv2d.c", "- c->pad_h + ky * c->dil_h", "- c->pad_h + (ky + 1) * c->dil_h"),
+    "forward truncates": ("tl_math.h", "+ ((int64_t)1 << 30)) >> 31", ") >> 31"),
+    "the next random word": ("conv2d_dw.c", "(uint32_t)row->channel[j]", "(uint32_t)row->channel[j] + 1"),
+    "a gradient that overwrites": ("round.c", "site->n_further; i++", "site->n_further - 1; i++"),
+    "one pixel short": ("conv2d_dw.c", "n = TL_MIN(size, pixels - p0),", "n = TL_MIN(size, pixels - p0) - 1,"),
+}  # fmt: skip
+RANDOM_FAULTS = {
+    "padding to the right is forgotten": ("conv2d.c", "|| c->out_w != c->in_w", ""),
+    "padding is not the zero point": ("conv2d.c", "memset(to, 0, (size_t)row_terms", "memset(to, 1, (size_t)row_terms"),
+    "pixels without their gap": ("conv2d.c", "x.pixel == c->in_c && x.row == c->in_w * c->in_c &&", ""),
+    "a ring that does not turn": ("conv2d.c", "tl_ring(iy, x.ring)", "TL_MIN(iy, x.ring - 1)"),
+    "an output ring that does not turn": ("conv2d.c", "int8_t *to = y.data + tl_ring(oy, y.ring)", "int8_t *to = y.data + TL_MIN(oy, y.ring - 1)"),
+    "forward: the trained channels come first": ("conv2d.c", "i < w.n ? w.channels[i] : cg", "i < w.n ? i : cg"),
+    "forward: the input of group 0": ("conv2d.c", "gather(c, x, oy, ox, group * cg", "gather(c, x, oy, ox, 0 * group"),
+    "no slow way for left shifts": ("tl_requant.h", "q->shift[o] <= 0 &&", ""),
+    "no slow way for large biases": ("tl_requant.h", "bias[o] <= room && bias[o] >= -room", "1"),
+    "dx: dilation is stride": ("conv2d_dx.c", "iy + c->pad_h - ky * c->dil_h", "iy + c->pad_h - ky * c->stride_h"),
+    "dx: a column past the output": ("conv2d_dx.c", "out < limit ? out", "out <= limit ? out"),
+    "dx: the scale of group 0": ("conv2d_dx.c", "mt + o0, og", "mt, og"),
+    "dx: a trained channel too far": ("conv2d_dx.c", "below < w.n && w.channels[below] == i0 + j", "below < w.n && w.channels[below] == j"),
+    "dw: the word of the kept channel": ("conv2d_dw.c", "d->channels ? d->channels[j0 + j] : j0 + j", "j0 + j"),
+    "dw: the input of group 0": ("conv2d_dw.c", "t.group * d->kept + j0", "j0"),
+    "dw: padding is 0": ("conv2d_dw.c", "memset(padding, c->x_zero", "memset(padding, 0"),
+    "dw: the sum of the last chunk only": ("conv2d_dw.c", "total[i] += t->", "total[i] = t->"),
+    "dw: a step that wraps": ("conv2d_dw.c", "tl_clamp(tl_rate_step(rate, acc[j] - off, 0), -STEP_MAX, STEP_MAX)", "tl_rate_step(rate, acc[j] - off, 0)"),
+    "dw: padding reads": ("conv2d_dw.c", "ix < c->in_w ?", "ix <= c->in_w ?"),
+    "further: no rounding of the shift": ("round.c", "tl_round_shift(tl_clamp(tl_shl(more[j], up), -TL_H_MAX, TL_H_MAX), down)", "(tl_clamp(tl_shl(more[j], up), -TL_H_MAX, TL_H_MAX) >> down)"),
+    "further: shifts up to 23": ("round.c", "tl_clamp(k, 0, 24)", "tl_clamp(k, 0, 22)"),
+    "further: none beyond 6 bits": ("round.c", "tl_clamp(-k, 0, 8)", "tl_clamp(-k, 0, 6)"),
+    "rho rises above its ceiling": ("round.c", "-60, 60)", "-60, 62)"),
+    "rho falls by 2": ("round.c", "*r->site->rho - 1)", "*r->site->rho - 2)"),
+    "rho moves on nothing": ("round.c", "if (!last || *r->seen == TL_NOTHING_SEEN)", "if (!last)"),
+    "statistics before the prescale": ("round.c", "tl_bitlen(r->lane_or[j]) - r->lane_n[j]", "tl_bitlen(r->lane_or[j]) - TL_MIN(r->lane_n[j], 19)"),
+    "statistics start anew with each range": ("round.c", "if (first) *seen", "*seen"),
+    "rounding without a word": ("round.c", "tl_mix(at + (uint32_t)j)", "0"),
+    "a clamp at -128": ("round.c", "tl_clamp(v[j], -127, 127)", "tl_clamp(v[j], -128, 127)"),
+    "the mask of the neighbor": ("round.c", "word >>= index & 7;", "word >>= (index + 1) & 7;"),
+    "a mask with >=": ("round.c", "lo < y[j] && y[j] < hi", "lo <= y[j] && y[j] < hi"),
+    "a rounding from n = 15": ("round.c", "+ 1) : 16);", "+ 1) : 15);"),
+    "saturation is not counted": ("round.c", "v[j] < -127 || v[j] > 127", "v[j] > 127"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", VECTOR_FAULTS)
+def test_a_planted_fault_is_caught_by_the_vectors(assets: Path, fault: str) -> None:
+    name, old, new = VECTOR_FAULTS[fault]
+    broken = library("plain", {name: (old, new)})
+    small = [c for c in general(assets) if c.arrays["x"].size < 5000]
+    with pytest.raises(AssertionError):
+        check_all(broken, small)
+
+
+@pytest.mark.parametrize("fault", RANDOM_FAULTS)
+def test_a_planted_fault_is_caught(fault: str) -> None:
+    name, old, new = RANDOM_FAULTS[fault]
+    broken = library("plain", {name: (old, new)})
+    with pytest.raises(AssertionError):
+        everything(broken)

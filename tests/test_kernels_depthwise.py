@@ -93,7 +93,7 @@ FAULTS = {
     "single rounding": ("tl_math.h", "(x + ((x >> 31) & some) + half) >> n", "(x + half) >> n"),
     "a saturating shift that wraps": ("tl_math.h", "tl_sat32((int64_t)x * ((int64_t)1 << left))",
                                       "(int32_t)(uint32_t)((int64_t)x * ((int64_t)1 << left))"),
-    "rounding of a further gradient": ("round.c", "+ half) >> down;\n        h[j]", ") >> down;\n        h[j]"),
+    "rounding of a further gradient": ("round.c", "tl_round_shift(tl_clamp(tl_shl(more[j], up), -TL_H_MAX, TL_H_MAX), down)", "(tl_clamp(tl_shl(more[j], up), -TL_H_MAX, TL_H_MAX) >> down)"),
     "rho below its floor": ("round.c", "-60, 60)", "-70, 60)"),
 }  # fmt: skip
 

@@ -168,8 +168,8 @@ def _sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(SANITIZED, reason="this is the sanitized run")
 def test_under_sanitizers() -> None:
-    """All of these tests and those of the depthwise kernels, but the planted faults, in a sanitized build."""
-    files = [str(Path(__file__).parent / f"test_kernels_{n}.py") for n in ("misc", "depthwise")]
+    """All of these tests and those of the convolution kernels, but the planted faults, in sanitized builds."""
+    files = [str(Path(__file__).parent / f"test_kernels_{n}.py") for n in ("misc", "depthwise", "conv2d", "math")]
     done = _sanitized("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not caught and not sanitizer", *files)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
@@ -179,6 +179,7 @@ OVERRUNS = {
     "a lane past the channels": ("depthwise.c", "j < count; j++) acc[j] += (x[j] - zero)", "j < count + 1; j++) acc[j] += (x[j] - zero)",
                                  "[check_random(lib, s) for s in range(30)]"),
     "a shift of a negative": ("add.c", "* ((int32_t)1 << LEFT_SHIFT)", "<< LEFT_SHIFT", "check_add(lib, 1)"),
+    "rows below the input": ("conv2d.c", "|| c->out_h != c->in_h", "", "__import__('conv2d_checks').check_pads_after(lib)"),
     "signed overflow": ("round.c", "h[j] = TL_MIN(h[j], TL_H_MAX - TL_MAX(add, 0));", "", "[check_random(lib, s) for s in range(150)]"),
 }  # fmt: skip
 

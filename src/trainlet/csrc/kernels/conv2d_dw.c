@@ -1,11 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Weight update of a general convolution. For each tap, tiles of TL_ROWS kept input channels are gathered over the output
- * pixels as x - x_zero, and multiplied with blocks of TL_LANES output gradients. */
+/* Weight update of a general convolution. For each tap, tiles of TL_ROWS output gradients are gathered over the output
+ * pixels and multiplied with blocks of TL_LANES kept input channels, so that the weights of a row lie side by side. The
+ * lanes hold x, not x - x_zero (which is no int8), padding is x_zero, and x_zero times the sum of the row is taken off. */
 #include "tl_math.h"
 #include "tl_round.h"
 #include "tl_tile.h"
 
 #define CHUNK 256 /* pixels gathered at once; even */
+#define STEP_MAX ((int32_t)1 << 17) /* more than twice any weight in full form: all that such a step can do */
 
 int32_t tl_conv2d_dw_scratch(const tl_conv *c, int32_t kept)
 {
@@ -13,83 +15,167 @@ int32_t tl_conv2d_dw_scratch(const tl_conv *c, int32_t kept)
     return TL_EVEN(TL_MIN(CHUNK, c->out_h * c->out_w)) * (TL_LANES + 2 * TL_ROWS);
 }
 
-/* to[row][p] = input of tap (ky, kx) at output pixels p0 .. p0 + n - 1 for `rows` channels from i0 on; padding is 0. */
-static void gather(const tl_conv *c, tl_view x, int32_t ky, int32_t kx, int32_t i0, int32_t rows, int32_t p0, int32_t n,
-                   int16_t *restrict to)
+/* to[row][p] = gradient of output channels o0 .. o0 + rows - 1 at output pixels p0 .. p0 + n - 1; the rest is 0. */
+static void gather_gradient(const tl_conv *c, tl_view r, int32_t o0, int32_t rows, int32_t p0, int32_t n,
+                            int16_t *restrict to)
 {
     const int32_t width = TL_EVEN(n);
-    memset(to, 0, (size_t)(TL_ROWS * width) * sizeof *to);
-    for (int32_t p = 0; p < n; p++) {
-        const int32_t iy = (p0 + p) / c->out_w * c->stride_h - c->pad_h + ky * c->dil_h;
-        const int32_t ix = (p0 + p) % c->out_w * c->stride_w - c->pad_w + kx * c->dil_w;
-        if (iy < 0 || iy >= c->in_h || ix < 0 || ix >= c->in_w) continue;
-        const int8_t *from = x.data + (iy % x.ring) * x.row + ix * x.pixel + i0;
-        for (int32_t i = 0; i < rows; i++) to[i * width + p] = (int16_t)(from[i] - c->x_zero);
+    int32_t oy = p0 / c->out_w, ox = p0 % c->out_w;
+    const int8_t *from = r.data + tl_ring(oy, r.ring) * r.row + ox * r.pixel + o0;
+    if (rows < TL_ROWS || n < width) memset(to, 0, (size_t)(TL_ROWS * width) * sizeof *to);
+    for (int32_t p = 0; p < n; p++, from += r.pixel) {
+        if (ox == c->out_w) {
+            ox = 0;
+            from = r.data + tl_ring(++oy, r.ring) * r.row + o0;
+        }
+        ox++;
+        if (rows == TL_ROWS) {
+            for (int32_t i = 0; i < TL_ROWS; i++) to[i * width + p] = from[i];
+        } else {
+            for (int32_t i = 0; i < rows; i++) to[i * width + p] = from[i];
+        }
     }
 }
 
-/* The gradient of output channels o0 .. at pixel p. */
-static const int8_t *gradient_at(const tl_conv *c, tl_view r, int32_t o0, int32_t p)
+/* The inputs of tap row ky at output row oy, from channel i0 on; NULL outside. */
+static const int8_t *input_row(const tl_conv *c, tl_view x, int32_t ky, int32_t i0, int32_t oy)
 {
-    return r.data + (p / c->out_w % r.ring) * r.row + p % c->out_w * r.pixel + o0;
+    const int32_t iy = oy * c->stride_h - c->pad_h + ky * c->dil_h;
+    return iy < 0 || iy >= c->in_h ? NULL : x.data + tl_ring(iy, x.ring) * x.row + i0;
 }
 
-/* Packs the gradient of output channels o0 .. o0 + count - 1 at pixels p0 .. p0 + n - 1; other lanes are 0. */
-static void load_gradient(const tl_conv *c, tl_view r, int32_t o0, int32_t count, int32_t p0, int32_t n,
-                          int8_t *restrict packed)
+/* Packs the inputs of a tap for channels i0 .. i0 + count - 1 at output pixels p0 .. p0 + n - 1; other lanes are 0. */
+static void pack_input(const tl_conv *c, tl_view x, int32_t tap, int32_t i0, int32_t count, int32_t p0, int32_t n,
+                       int8_t *restrict packed)
 {
-    if (count < TL_LANES || (n & 1)) memset(packed, 0, (size_t)(TL_EVEN(n) * TL_LANES));
-    for (int32_t p = 0; p < n; p += 2)
-        tl_pack_pair(gradient_at(c, r, o0, p0 + p), p + 1 < n ? gradient_at(c, r, o0, p0 + p + 1) : NULL, p, count, packed);
-}
-
-/* Where a tile of sums goes: kept channels j0 .. of the group, output channels o0 .. . */
-typedef struct {
-    int32_t tap, j0, rows, o0, count;
-} tile_place;
-
-static void update(const tl_conv *c, const tl_dw *d, uint32_t key, int32_t e_y, float lr, const tile_place *at,
-                   int32_t sums[TL_ROWS][TL_LANES], int8_t *w, uint8_t *fraction)
-{
-    const int32_t taps = c->kh * c->kw, cg = c->in_c / c->groups;
-    for (int32_t lane = 0; lane < at->count; lane++) {
-        const int32_t o = at->o0 + lane, place = o * taps + at->tap;
-        const float v = lr * d->rate[o];
-        if (v == 0.0f) continue;
-        const tl_rate rate = tl_rate_of(v, e_y, d->pre, d->bits);
-        for (int32_t i = 0; i < at->rows; i++) {
-            const int32_t j = at->j0 + i;
-            const uint32_t word = tl_word(key, (uint32_t)(place * cg + (d->channels ? d->channels[j] : j)));
-            tl_weight_sub(w, fraction, place * d->kept + j, d->bits, tl_rate_step(&rate, sums[i][lane], word));
+    const int32_t ky = tap / c->kw, kx = tap % c->kw, left = kx * c->dil_w - c->pad_w;
+    int8_t padding[TL_LANES];
+    const int8_t *even = padding;
+    int32_t oy = p0 / c->out_w, ox = p0 % c->out_w;
+    const int8_t *row = input_row(c, x, ky, i0, oy);
+    memset(padding, c->x_zero, sizeof padding);
+    if (count < TL_LANES) memset(packed, 0, (size_t)(TL_EVEN(n) * TL_LANES));
+    for (int32_t p = 0; p < n; p++, ox++) {
+        if (ox == c->out_w) {
+            ox = 0;
+            row = input_row(c, x, ky, i0, ++oy);
         }
+        const int32_t ix = ox * c->stride_w + left;
+        const int8_t *at = row && ix >= 0 && ix < c->in_w ? row + ix * x.pixel : padding;
+        if (p & 1) tl_pack_pair(even, at, p - 1, count, packed);
+        even = at;
+    }
+    if (n & 1) tl_pack_pair(even, NULL, n - 1, count, packed);
+}
+
+/* The weights that a row of sums belongs to: `count` from place `at` of the stored ones, in words from `word` on. */
+typedef struct {
+    int8_t *w;
+    uint8_t *fraction;
+    int32_t at, count, bits;
+    uint32_t word;
+    const int32_t *channel; /* of each lane */
+} weight_row;
+
+/* by[lane] = tl_rate_step, within +-STEP_MAX. */
+static void steps(const tl_rate *rate, const int32_t *restrict acc, int32_t off, const weight_row *row,
+                  int32_t *restrict by)
+{
+    const int32_t n = rate->shift.n, d = rate->shift.d, pre = rate->pre, mult = rate->shift.none ? 0 : rate->mult;
+    if (n < 0) { /* a step of many units; rare */
+        for (int32_t j = 0; j < TL_LANES; j++)
+            by[j] = tl_clamp(tl_rate_step(rate, acc[j] - off, 0), -STEP_MAX, STEP_MAX);
+        return;
+    }
+    for (int32_t j = 0; j < TL_LANES; j++) {
+        const int32_t h = tl_round_shift(tl_smmulr(tl_shl(acc[j] - off, pre), mult), d);
+        const uint32_t w = tl_mix(row->word + (uint32_t)row->channel[j]);
+        by[j] = tl_clamp(tl_sround_right(h, n, w), -STEP_MAX, STEP_MAX);
+    }
+}
+
+/* A copy of `count` lanes, the usual number in one instruction. */
+static inline void copy_lanes(int8_t *restrict to, const int8_t *restrict from, int32_t count)
+{
+    if (count == TL_LANES) {
+        memcpy(to, from, TL_LANES);
+    } else {
+        for (int32_t j = 0; j < count; j++) to[j] = from[j];
+    }
+}
+
+static void update(const weight_row *row, const int32_t *restrict by)
+{
+    const int32_t bits = row->bits, one = (int32_t)1 << bits, count = row->count;
+    int32_t full[TL_LANES], top[TL_LANES];
+    int8_t stored[TL_LANES] = {0};
+    copy_lanes(stored, row->w + row->at, count);
+    for (int32_t j = 0; j < TL_LANES; j++) full[j] = stored[j] * one;
+    for (int32_t j = 0; bits && j < count; j++) full[j] += tl_fraction_get(row->fraction, row->at + j, bits);
+    for (int32_t j = 0; j < TL_LANES; j++) {
+        full[j] = tl_clamp(full[j] - by[j], -127 * one, 127 * one);
+        top[j] = (full[j] + (one >> 1)) >> bits;
+        stored[j] = (int8_t)top[j];
+    }
+    copy_lanes(row->w + row->at, stored, count);
+    for (int32_t j = 0; bits && j < count; j++)
+        tl_fraction_put(row->fraction, row->at + j, bits, full[j] - top[j] * one);
+}
+
+/* A tile: output channels o0 .. o0 + rows - 1 of a group, whose gradients lie in `gradient`, pixels first .. . */
+typedef struct {
+    int32_t group, o0, rows, first;
+    int16_t *gradient;
+    int8_t *packed;
+} tile;
+
+/* sums[row][lane] of all pixels for kept channels j0 .. j0 + count - 1 of a tap. */
+static void sum(const tl_conv *c, tl_view r, tl_view x, tile *t, int32_t tap, int32_t i0, int32_t count,
+                int32_t sums[TL_ROWS][TL_LANES], int32_t total[TL_ROWS])
+{
+    const int32_t pixels = c->out_h * c->out_w, size = TL_MIN(CHUNK, pixels);
+    memset(total, 0, TL_ROWS * sizeof *total);
+    memset(sums, 0, TL_ROWS * sizeof *sums);
+    for (int32_t p0 = 0; p0 < pixels; p0 += size) {
+        const int32_t n = TL_MIN(size, pixels - p0), width = TL_EVEN(n);
+        if (t->first != p0) gather_gradient(c, r, t->o0, t->rows, p0, n, t->gradient);
+        t->first = p0;
+        pack_input(c, x, tap, i0, count, p0, n, t->packed);
+        tl_tile(t->gradient, t->packed, width, sums);
+        for (int32_t i = 0; i < TL_ROWS; i++)
+            for (int32_t p = 0; p < width; p++) total[i] += t->gradient[i * width + p];
     }
 }
 
 void tl_conv2d_dw_s8(const tl_step *step, const tl_conv *c, const tl_dw *d, tl_grad g, tl_view x, float lr, int8_t *w,
                      uint8_t *fraction, void *scratch)
 {
-    const int32_t og = c->out_c / c->groups, pixels = c->out_h * c->out_w, size = TL_MIN(CHUNK, pixels);
+    const int32_t og = c->out_c / c->groups, cg = c->in_c / c->groups, taps = c->kh * c->kw;
+    const int32_t blocks = (d->kept + TL_LANES - 1) / TL_LANES;
     const uint32_t key = tl_site_key(step->key, d->stream);
-    int16_t *patch = scratch;
-    int8_t *gradient = (int8_t *)(patch + TL_ROWS * TL_EVEN(size));
-    const int32_t tiles = (d->kept + TL_ROWS - 1) / TL_ROWS;
-    for (int32_t i = 0; i < c->groups * c->kh * c->kw * tiles; i++) {
-        const int32_t j0 = i % tiles * TL_ROWS, tap = i / tiles % (c->kh * c->kw), group = i / tiles / (c->kh * c->kw);
-        const int32_t rows = TL_MIN(TL_ROWS, d->kept - j0);
-        const int32_t end = (group + 1) * og;
-        int32_t gathered = -1; /* first pixel of what lies in patch */
-        for (int32_t o0 = group * og; o0 < end; o0 += TL_LANES) {
-            const int32_t count = TL_MIN(TL_LANES, end - o0);
-            int32_t sums[TL_ROWS][TL_LANES] = {{0}};
-            for (int32_t p0 = 0; p0 < pixels; p0 += size) {
-                const int32_t n = TL_MIN(size, pixels - p0);
-                if (gathered != p0) gather(c, x, tap / c->kw, tap % c->kw, group * d->kept + j0, rows, p0, n, patch);
-                gathered = p0;
-                load_gradient(c, g.r, o0, count, p0, n, gradient);
-                tl_tile(patch, gradient, TL_EVEN(n), sums);
+    tile t;
+    t.gradient = scratch;
+    t.packed = (int8_t *)(t.gradient + TL_ROWS * TL_EVEN(TL_MIN(CHUNK, c->out_h * c->out_w)));
+    for (int32_t o0 = 0; o0 < c->out_c; o0 += t.rows) {
+        tl_rate rate[TL_ROWS];
+        t.group = o0 / og;
+        t.o0 = o0;
+        t.rows = TL_MIN(TL_ROWS, (t.group + 1) * og - o0);
+        t.first = -1;
+        for (int32_t i = 0; i < t.rows; i++) rate[i] = tl_rate_of(lr * d->rate[o0 + i], g.e, d->pre, d->bits);
+        for (int32_t b = 0; b < taps * blocks; b++) {
+            const int32_t tap = b / blocks, j0 = b % blocks * TL_LANES, count = TL_MIN(TL_LANES, d->kept - j0);
+            int32_t sums[TL_ROWS][TL_LANES], total[TL_ROWS], channel[TL_LANES] = {0}, by[TL_LANES];
+            sum(c, g.r, x, &t, tap, t.group * d->kept + j0, count, sums, total);
+            for (int32_t j = 0; j < count; j++) channel[j] = d->channels ? d->channels[j0 + j] : j0 + j;
+            for (int32_t i = 0; i < t.rows; i++) {
+                const int32_t place = (o0 + i) * taps + tap;
+                const weight_row row = {w, fraction, place * d->kept + j0, count, d->bits,
+                                        key + (uint32_t)(place * cg), channel};
+                if (rate[i].mult == 0) continue; /* v = 0 */
+                steps(&rate[i], sums[i], c->x_zero * total[i], &row, by);
+                update(&row, by);
             }
-            const tile_place at = {tap, j0, rows, o0, count};
-            update(c, d, key, g.e, lr, &at, sums, w, fraction);
         }
     }
 }

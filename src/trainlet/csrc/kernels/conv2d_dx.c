@@ -31,22 +31,26 @@ static void pack_weights(const tl_conv *c, tl_weights w, int32_t group, int32_t 
                          int8_t *restrict packed)
 {
     const int32_t taps = c->kh * c->kw, og = c->out_c / c->groups, terms = taps * og;
-    int8_t even[TL_LANES], odd[TL_LANES];
-    int32_t first = 0;
+    int8_t merged[2][TL_LANES];
+    const int8_t *even = merged[0];
+    int32_t first = 0, k = 0;
     while (w.channels && first < w.n && w.channels[first] < i0) first++;
     if (count < TL_LANES || (terms & 1)) memset(packed, 0, (size_t)(TL_EVEN(terms) * TL_LANES));
-    for (int32_t k = 0; k < terms; k += 2) {
-        const int32_t a = (group * og + k % og) * taps + k / og;
-        const int32_t b = (group * og + (k + 1) % og) * taps + (k + 1) / og;
-        tl_pack_pair(weight_row(c, w, a, i0, count, first, even),
-                     k + 1 < terms ? weight_row(c, w, b, i0, count, first, odd) : NULL, k, count, packed);
+    for (int32_t tap = 0; tap < taps; tap++) {
+        for (int32_t at = group * og * taps + tap, i = 0; i < og; i++, k++, at += taps) {
+            const int8_t *row = weight_row(c, w, at, i0, count, first, merged[k & 1]);
+            if (k & 1) tl_pack_pair(even, row, k - 1, count, packed);
+            even = row;
+        }
     }
+    if (terms & 1) tl_pack_pair(even, NULL, terms - 1, count, packed);
 }
 
-/* to[o] = r[o] mt[o]. */
-static void scale(const int8_t *restrict r, const int16_t *restrict mt, int32_t n, int16_t *restrict to)
+/* The output row or column whose tap meets the input `at` steps past its first one; -1 if there is none. */
+static int32_t reached(int32_t at, int32_t stride, int32_t limit)
 {
-    for (int32_t o = 0; o < n; o++) to[o] = (int16_t)(r[o] * mt[o]);
+    const int32_t out = stride == 1 || at < 0 ? at : at % stride == 0 ? at / stride : -1;
+    return out < limit ? out : -1;
 }
 
 /* The scaled output gradients that input pixel (iy, ix) reaches, [tap][output channel of the group]; else 0. */
@@ -54,15 +58,15 @@ static void gather(const tl_conv *c, tl_view r, const int16_t *mt, int32_t iy, i
                    int16_t *restrict to)
 {
     for (int32_t ky = 0; ky < c->kh; ky++) {
-        const int32_t ay = iy + c->pad_h - ky * c->dil_h, oy = ay / c->stride_h;
-        const int in_rows = ay >= 0 && ay % c->stride_h == 0 && oy < c->out_h;
+        const int32_t oy = reached(iy + c->pad_h - ky * c->dil_h, c->stride_h, c->out_h);
+        const int8_t *row = oy >= 0 ? r.data + tl_ring(oy, r.ring) * r.row + o0 : NULL;
         for (int32_t kx = 0; kx < c->kw; kx++, to += og) {
-            const int32_t ax = ix + c->pad_w - kx * c->dil_w, ox = ax / c->stride_w;
-            if (!in_rows || ax < 0 || ax % c->stride_w != 0 || ox >= c->out_w) {
+            const int32_t ox = row ? reached(ix + c->pad_w - kx * c->dil_w, c->stride_w, c->out_w) : -1;
+            if (ox >= 0) {
+                tl_multiply(row + ox * r.pixel, mt + o0, og, to);
+            } else {
                 memset(to, 0, (size_t)og * sizeof *to);
-                continue;
             }
-            scale(r.data + (oy % r.ring) * r.row + ox * r.pixel + o0, mt + o0, og, to);
         }
     }
 }
@@ -80,20 +84,25 @@ void tl_conv2d_dx_s8(tl_step *step, const tl_conv *c, const tl_dx_scale *v, tl_w
         const int32_t count = TL_MIN(TL_LANES, (group + 1) * cg - c0);
         pack_weights(c, w, group, c0 - group * cg, count, packed);
         tl_round_lanes(&r, c0, count);
+        int32_t iy = y0, ix = 0;
         for (int32_t p0 = 0; p0 < pixels; p0 += TL_ROWS) {
             const int32_t rows = TL_MIN(TL_ROWS, pixels - p0);
-            int32_t acc[TL_ROWS][TL_LANES];
-            for (int32_t p = 0; p < rows; p++) {
-                gather(c, g.r, v->mt, y0 + (p0 + p) / c->in_w, (p0 + p) % c->in_w, group * og, og, patch + p * n);
-                if (terms < n) patch[p * n + terms] = 0;
-            }
+            int32_t acc[TL_ROWS][TL_LANES] = {{0}};
+            int32_t y[TL_ROWS], x[TL_ROWS];
             if (rows < TL_ROWS) memset(patch + rows * n, 0, (size_t)((TL_ROWS - rows) * n) * sizeof *patch);
-            memset(acc, 0, sizeof acc);
-            tl_tile(patch, packed, n, acc);
             for (int32_t p = 0; p < rows; p++) {
-                const int32_t iy = y0 + (p0 + p) / c->in_w, ix = (p0 + p) % c->in_w;
-                tl_round_pixel(&r, iy, ix, acc[p], rx + (iy * c->in_w + ix) * c->in_c + c0);
+                y[p] = iy;
+                x[p] = ix;
+                gather(c, g.r, v->mt, iy, ix, group * og, og, patch + p * n);
+                if (terms < n) patch[p * n + terms] = 0;
+                if (++ix == c->in_w) {
+                    ix = 0;
+                    iy++;
+                }
             }
+            tl_tile(patch, packed, n, acc);
+            for (int32_t p = 0; p < rows; p++)
+                tl_round_pixel(&r, y[p], x[p], acc[p], rx + (y[p] * c->in_w + x[p]) * c->in_c + c0);
         }
         c0 += count;
     }

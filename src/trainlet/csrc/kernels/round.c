@@ -54,9 +54,7 @@ void tl_round_lanes(tl_round *r, int32_t c0, int32_t count) {
 static void scale_lanes(const tl_round *r, const int32_t *acc, int32_t *h) {
     const int32_t pre = r->pre;
     for (int32_t j = 0; j < TL_LANES; j++) {
-        const int32_t d = r->lane_d[j];
-        const int32_t half = (int32_t)(((uint32_t)1 << d) >> 1);
-        h[j] = (tl_smmulr(tl_shl(acc[j], pre), r->lane_mult[j]) + half) >> d;
+        h[j] = tl_round_shift(tl_smmulr(tl_shl(acc[j], pre), r->lane_mult[j]), r->lane_d[j]);
     }
 }
 
@@ -73,17 +71,17 @@ static void add_further(const tl_round *r, const tl_grad *g, int32_t y, int32_t 
         const int32_t k = apart + r->lane_n[j];
         const int32_t up = tl_clamp(k, 0, 24);
         const int32_t down = tl_clamp(-k, 0, 8); /* 8 bits and more leave nothing of |r'| <= 127 */
-        const int32_t half = (int32_t)(((uint32_t)1 << down) >> 1);
-        const int32_t add = (tl_clamp(tl_shl(more[j], up), -TL_H_MAX, TL_H_MAX) + half) >> down;
+        const int32_t add = tl_round_shift(tl_clamp(tl_shl(more[j], up), -TL_H_MAX, TL_H_MAX), down);
         h[j] = TL_MIN(h[j], TL_H_MAX - TL_MAX(add, 0)); /* 2^30 + 2^30 is no int32 */
         h[j] = tl_clamp(h[j] + add, -TL_H_MAX, TL_H_MAX);
     }
 }
 
 static void mask_bits(const uint8_t *bits, uint32_t index, int32_t count, int32_t *h) {
-    uint32_t word = 0; /* bits index .. index + count - 1, read byte by byte: the last byte ends the buffer */
-    const uint32_t first = index >> 3, last = (index + (uint32_t)count - 1) >> 3;
-    for (uint32_t b = first; b <= last; b++) word |= (uint32_t)bits[b] << (8 * (b - first));
+    const uint32_t first = index >> 3, last = (index + (uint32_t)count - 1) >> 3; /* the last byte ends the buffer */
+    uint32_t word = bits[first];
+    if (last > first) word |= (uint32_t)bits[first + 1] << 8;
+    if (last > first + 1) word |= (uint32_t)bits[first + 2] << 16;
     word >>= index & 7;
     for (int32_t j = 0; j < TL_LANES; j++) h[j] &= -(int32_t)(word >> j & 1);
 }
@@ -103,10 +101,8 @@ static void round_lanes(const tl_round *r, uint32_t index, const int32_t *h, int
     const uint32_t at = r->key + index;
     for (int32_t j = 0; j < TL_LANES; j++) {
         const int32_t n = r->lane_n[j];
-        const int32_t down = TL_MAX(n, 0);
         const int32_t up = TL_MIN(TL_MAX(-n, 0), 20);
-        const uint32_t w = tl_mix(at + (uint32_t)j);
-        const int32_t v = (h[j] + (int32_t)((w >> 1) >> (31 - down))) >> down;
+        const int32_t v = tl_sround_right(h[j], TL_MAX(n, 0), tl_mix(at + (uint32_t)j));
         out[j] = tl_shl(tl_clamp(v, -128, 128), up);
     }
 }
@@ -130,12 +126,10 @@ void tl_round_pixel(tl_round *r, int32_t y, int32_t x, const int32_t *acc, int8_
     }
     for (int32_t j = 0; j < TL_LANES; j++) r->lane_or[j] |= (uint32_t)(h[j] ^ (h[j] >> 31));
     round_lanes(r, index, h, v);
-    uint32_t met = 0;
     for (int32_t j = 0; j < TL_LANES; j++) {
-        met += v[j] < -127 || v[j] > 127;
+        r->lane_met[j] += v[j] < -127 || v[j] > 127;
         v[j] = tl_clamp(v[j], -127, 127);
     }
-    r->saturated += met;
     r->rounded += (uint32_t)count;
     if (count == TL_LANES) {
         for (int32_t j = 0; j < TL_LANES; j++) out[j] = (int8_t)v[j];
@@ -146,7 +140,7 @@ void tl_round_pixel(tl_round *r, int32_t y, int32_t x, const int32_t *acc, int8_
 
 void tl_round_end(tl_round *r, int32_t last) {
     flush_seen(r);
-    r->step->saturated += r->saturated;
+    for (int32_t j = 0; j < TL_LANES; j++) r->step->saturated += r->lane_met[j];
     r->step->rounded += r->rounded;
     if (!last || *r->seen == TL_NOTHING_SEEN) return;
     const int32_t rel = *r->seen + r->e_x - r->step->anchor;

@@ -94,15 +94,24 @@ static inline tl_shift tl_shift_of(int32_t n) {
     return s;
 }
 
-/* |h| <= 2^30; s from tl_shift_of(n). */
+/* (h + 2^(d-1)) >> d, and h for d = 0; |h| <= 2^30, d in 0..30. */
+static inline int32_t tl_round_shift(int32_t h, int32_t d) {
+    return (h + (int32_t)(((uint32_t)1 << d) >> 1)) >> d;
+}
+
+/* |h| <= 2^30; s from tl_shift_of(n). Loops that want no branch take a multiplier of 0 for `none`. */
 static inline int32_t tl_prescale(int32_t h, tl_shift s) {
-    if (s.none) return 0;
-    return (h + (int32_t)(((uint32_t)1 << s.d) >> 1)) >> s.d;
+    return s.none ? 0 : tl_round_shift(h, s.d);
+}
+
+/* sround for n in 0..20, without a branch; |h| <= 2^30. */
+static inline int32_t tl_sround_right(int32_t h, int32_t n, uint32_t w) {
+    return (h + (int32_t)((w >> 1) >> (31 - n))) >> n;
 }
 
 /* |h| <= 2^30, n <= 20. */
 static inline int32_t tl_sround(int32_t h, int32_t n, uint32_t w) {
-    if (n > 0) return (h + (int32_t)(w >> (32 - n))) >> n;
+    if (n >= 0) return tl_sround_right(h, n, w);
     if (n < -31) return h > 0 ? INT32_MAX : h < 0 ? INT32_MIN : 0;
     return tl_sat32((int64_t)h * ((int64_t)1 << -n));
 }

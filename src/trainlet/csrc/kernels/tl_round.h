@@ -27,12 +27,13 @@ typedef struct {
     const int32_t *mult; /* one, or one per channel; NULL: there are no sums, h starts at 0 with n = 16 */
     const int16_t *exp;
     int32_t per_channel, pre, e_y, e_x, width, channels;
-    uint32_t key, saturated, rounded;
+    uint32_t key, rounded;
     int32_t *seen;
     int32_t c0, count;          /* the lanes' channels */
     int32_t lane_mult[TL_LANES]; /* 0 where the prescale leaves nothing */
     int32_t lane_n[TL_LANES], lane_d[TL_LANES];
-    uint32_t lane_or[TL_LANES]; /* o of the lanes, not yet in *seen */
+    uint32_t lane_or[TL_LANES];  /* o of the lanes, not yet in *seen */
+    uint32_t lane_met[TL_LANES]; /* elements that met the clamp */
 } tl_round;
 
 /* v: NULL where no consumer computes. per_channel: v->mult and v->exp have an entry per channel. e_y: exponent of the
