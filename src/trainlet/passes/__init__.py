@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Graph to graph transformations, one per file: valid in, valid out, each can be switched off."""
+"""Graph to graph transformations, one per file: valid in, valid out."""

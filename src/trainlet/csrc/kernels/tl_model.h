@@ -9,7 +9,7 @@
 #define TL_BLOB_MAGIC 0x54534c54u /* "TLST" */
 #define TL_BLOB_VERSION 1u
 #define TL_BLOB_HEADER 20u        /* magic, version, model hash, payload bytes, CRC-32 of the payload; little endian */
-#define TL_STATE_HEADER 8u        /* seed and step in front of every state */
+/* Every state begins with seed and step, 8 bytes. */
 
 /* One run of a model: caller's memory and this step's facts. Treat as opaque. */
 typedef struct {
