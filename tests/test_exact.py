@@ -21,17 +21,18 @@ from random_nets import NAMED, NATIVE, PLAIN, Case, cases, named_case
 from test_nets import BITS, LR, NETS, image
 
 from trainlet import build, scheme
-from trainlet.compiler import Compiled, compile_model
+from trainlet.compiler import Compiled, Passes, compile_model
 from trainlet.emit import emit
 from trainlet.errors import MismatchError, TrainletError, UsageError
 from trainlet.frontends import attach_head, load_checkpoint
 from trainlet.ir import Array, Node
-from trainlet.ops import FusedDw, FusedDx, RoundGrad
+from trainlet.ops import FusedDw, FusedDx, RoundGrad, SgdWeight
 from trainlet.reference import TrainState, infer, initial_state, train_step
 from trainlet.session.host import HostSession
 from trainlet.verify import VerifyError, verify_plan
 
 STEPS = 20
+NO_PASSES = Passes(inplace=False, stream=False)
 GUARD = 64  # bytes around arena and state that nothing may touch
 
 
@@ -46,9 +47,10 @@ def expected_state(compiled: Compiled, state: TrainState) -> dict[str, Array]:
         "step": np.array([state.step], np.uint32),
     }
     rest = set(a)
-    for n in graph.find("conv2d_dw_sgd"):
-        assert isinstance(n.attrs, FusedDw)
-        bits = n.attrs.sgd.fraction_bits
+    for n in (*graph.find("conv2d_dw_sgd"), *graph.find("sgd_weight")):
+        sgd = n.attrs.sgd if isinstance(n.attrs, FusedDw) else n.attrs
+        assert isinstance(sgd, SgdWeight)
+        bits = sgd.fraction_bits
         parts = [a[w].astype(np.int32) for w in n.writes]
         found[n.writes[0].replace(".trained", ".weight")] = (parts[0] << bits) + (parts[1] if bits else 0)
         found[n.inputs[-1]] = graph.data[n.inputs[-1]]
@@ -276,7 +278,7 @@ def _check_rho(session: HostSession, places: dict[int, int], want: Array) -> Non
 
 
 def _check_layers(compiled: Compiled, state: dict[str, Array], want: dict[str, Array]) -> None:
-    convs = compiled.graph.find("conv2d")
+    convs = compiled.train.find("conv2d")
     trained = {i for i, n in enumerate(convs) if len(n.inputs) == 6}
     biased = {i for i, n in enumerate(convs) if n.inputs[2] in state}
     assert trained == {int(k[1:]) for k in want if k[0] == "w"}
@@ -400,11 +402,12 @@ def test_exact_published_net_under_sanitizers(
 
 
 def test_a_wrong_access_is_caught(sanitized_kernels: tuple[Path, list[Path]], tmp_path: Path) -> None:
-    """An arena stated four bytes smaller than it is; at its end lies scratch that the last convolution fills."""
-    case = named_case("shared_later")
-    compiled = compile_model(case.model, case.scheme)
-    ends = {n: at + compiled.plan.scratch_sizes[n] for n, at in compiled.plan.scratch_offsets.items()}
-    assert compiled.plan.arena_bytes in ends.values()
+    """An arena stated four bytes smaller than it is; at its end lies a gradient that is written whole."""
+    case = named_case("dead_channels")
+    compiled = compile_model(case.model, case.scheme, NO_PASSES)
+    plan, values = compiled.plan, compiled.graph.values
+    ends = {n: at + values[n].nbytes for n, at in plan.offsets.items() if values[n].exponent is not None}
+    assert plan.arena_bytes in ends.values()
     files = {k: v.replace(f"{compiled.plan.arena_bytes}u", f"{compiled.plan.arena_bytes - 4}u")
              for k, v in compiled.sources.files.items()}  # fmt: skip
     small = replace(compiled, sources=replace(compiled.sources, files=files))
@@ -443,7 +446,7 @@ def test_exact_comparison_catches(fault: str, monkeypatch: pytest.MonkeyPatch) -
 def test_exact_comparison_catches_an_overlap() -> None:
     """Two tensors that live at once share bytes: the plan's check says so, and so does the C."""
     case = named_case("add_with_activation")
-    sound = compile_model(case.model, case.scheme)
+    sound = compile_model(case.model, case.scheme, NO_PASSES)
     first, second = (n.outputs[0] for n in sound.graph.find("conv2d"))
     offsets = {**sound.plan.offsets, first: sound.plan.offsets[second]}
     plan = replace(sound.plan, offsets=offsets)

@@ -31,6 +31,7 @@ from trainlet.ops import (
 )
 
 ALL = sorted(OPS)
+MADE_OF_NODES = {"stream"}  # its meaning is theirs: the reference runs a graph that is flat
 LOWERED = sorted(name for name, op in OPS.items() if "lowered" in op.stages)
 
 
@@ -53,14 +54,14 @@ def test_row_has_attributes_rule_cost_and_stages(op: str) -> None:
     assert set(row.stages) <= {s.value for s in Stage}
 
 
-@pytest.mark.parametrize("op", ALL)
+@pytest.mark.parametrize("op", sorted({*ALL} - MADE_OF_NODES))
 def test_row_has_a_meaning(op: str) -> None:
     assert f"ref_{op}" in _reference_functions()
 
 
 def test_no_meaning_without_a_row() -> None:
     refs = {name.removeprefix("ref_") for name in _reference_functions() if name.startswith("ref_")}
-    assert refs == set(OPS)
+    assert refs == set(OPS) - MADE_OF_NODES
 
 
 @pytest.mark.parametrize("op", ALL)

@@ -30,7 +30,7 @@ WORD = st.integers(0, 2**32 - 1)
 
 
 def test_every_row_has_a_meaning() -> None:
-    assert set(REFERENCE) == set(OPS)
+    assert set(REFERENCE) == set(OPS) - {"stream"}  # which is the nodes that it holds
 
 
 # --- primitives ---------------------------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 """From a model to its training step: a reverse walk towards the chosen parameters only.
 
 The TRAIN graph is the forward pass (which also keeps what the backward pass needs: masks, selected channels), the
-loss, and the gradients and updates in an order in which every gradient is computed with the weights before their
-update. One integer tensor has one rounding: the consumer that comes first owns it, the others' shares are added
-before it.
+loss, the head's update, all gradients, and then all other updates: the classical order, in which every gradient is
+computed with the weights before their update. One integer tensor has one rounding: the consumer that comes first owns
+it, the others' shares are added before it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from trainlet.ops import Add, Attrs, CheckLr, Conv2d, Mask, MaskFrom, RoundGrad,
 from trainlet.scheme import UpdateScheme, check_scheme, selected_channels
 from trainlet.verify import verify_graph
 from trainlet.vjp import VJP, Shared, Sums
+
+UPDATES = frozenset({"sgd_weight", "sgd_bias"})
+"""Operators that come after all gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +146,9 @@ class Tape:
         kept = [*self._kept.get("", [])]
         for n in forward:
             kept += [n, *self._kept.get(n.name, [])]
-        self.builder.nodes = kept + self.builder.nodes
+        gradients = [n for n in self.builder.nodes if n.op not in UPDATES]
+        updates = [n for n in self.builder.nodes if n.op in UPDATES]
+        self.builder.nodes = kept + gradients + updates
         return self.builder.build(Stage.TRAIN, (*self.graph.outputs, "loss"))
 
     def _step(self, node: Node, head: Node) -> None:
@@ -156,15 +161,15 @@ class Tape:
             raise UnsupportedError(f"{node.layer}: {node.op!r} has no gradient; train no layer before it")
         at = len(self.builder.nodes)
         rule(self, node, g)
-        updates = [n for n in self.builder.nodes[at:] if n.op not in ("conv2d_dx", "round_grad")]
+        parameters = [n for n in self.builder.nodes[at:] if n.op not in ("conv2d_dx", "round_grad")]
         if node.op == "conv2d":
-            # the sums are rounded right after they are made, and before the weights change
-            self.builder.nodes[at:] = [n for n in self.builder.nodes[at:] if n not in updates]
+            # the sums of the input's gradient are rounded right after they are made
+            self.builder.nodes[at:] = [n for n in self.builder.nodes[at:] if n not in parameters]
         for x in dict.fromkeys(node.inputs):
             if x in self._shares and self.graph.consumers(x)[0] is node:
                 self._grads[x] = self._finish(x)
         if node.op == "conv2d":
-            self.builder.nodes += updates
+            self.builder.nodes += parameters
         if node.op == "avg_pool":
             self._flush()
 

@@ -3,22 +3,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trainlet.autodiff import differentiate
 from trainlet.emit import Sources, emit, graph_hash
-from trainlet.ir import Graph
+from trainlet.ir import Graph, Stage
 from trainlet.layout import StateLayout, state_layout
 from trainlet.passes.fuse import fuse
+from trainlet.passes.inplace import inplace
+from trainlet.passes.reorder import reorder
+from trainlet.passes.stream import stream
 from trainlet.plan import MemoryPlan, make_plan
 from trainlet.scheme import UpdateScheme
 from trainlet.verify import verify_graph, verify_plan
 
 
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """Which passes run; each only moves, merges or places work, so the bytes are the same with any of them.
+    ``by_rows``: the image is delivered row by row and never exists whole, which takes ``stream``; otherwise it lies in
+    the arena."""
+
+    fuse: bool = True
+    reorder: bool = True
+    inplace: bool = True
+    stream: bool = True
+    by_rows: bool = True
+
+
+ALL = Passes()
+
+
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled model: ``train`` is the step as differentiated, ``graph`` what is emitted. ``model_hash`` is the
-    SHA-256 of ``train`` and its data, whatever passes ran."""
+    """A compiled model: ``train`` is the step as differentiated (or the model, for inference alone), ``graph`` what is
+    emitted. ``model_hash`` is the SHA-256 of ``train`` and its data, whatever passes ran."""
 
     train: Graph
     graph: Graph
@@ -34,12 +53,31 @@ class Compiled:
         return self.layout.nbytes
 
 
-def compile_model(graph: Graph, scheme: UpdateScheme) -> Compiled:
+def compile_model(graph: Graph, scheme: UpdateScheme, passes: Passes = ALL) -> Compiled:
     """Compiles a model with a head (``frontends.attach_head``) and a scheme for it. Raises UnsupportedError naming the
     layer where it cannot be trained."""
     verify_graph(graph)
     train = differentiate(graph, scheme)
-    lowered = fuse(train)
+    lowered = fuse(train) if passes.fuse else train.with_nodes(train.nodes, stage=Stage.LOWERED)
+    if passes.reorder:
+        lowered = reorder(lowered, overwrites=passes.inplace)
+    return _finish(train, lowered, scheme, passes)
+
+
+def compile_inference(graph: Graph, passes: Passes = ALL) -> Compiled:
+    """The same model without a training step: nothing of training is in its code, arena or state. Only the head stays
+    in the state, since it is not part of the model file. ``graph`` is verified, of stage INT8 and has a head."""
+    verify_graph(graph)
+    lowered = replace(graph, stage=Stage.LOWERED)
+    verify_graph(lowered)
+    return _finish(graph, lowered, UpdateScheme("inference"), passes)
+
+
+def _finish(train: Graph, lowered: Graph, scheme: UpdateScheme, passes: Passes) -> Compiled:
+    if passes.inplace:
+        lowered = inplace(lowered)
+    if passes.stream:
+        lowered = stream(lowered, passes.by_rows)
     plan = make_plan(lowered)
     verify_plan(lowered, plan)
     layout = state_layout(lowered)

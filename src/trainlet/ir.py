@@ -17,7 +17,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from trainlet.ops import Attrs, dtype_bits
+from trainlet.ops import Attrs, Stream, dtype_bits
 
 Array = NDArray[np.generic]
 
@@ -74,7 +74,8 @@ class Value:
 @dataclass(frozen=True, slots=True)
 class Node:
     """One operator. ``layer`` is the name of the model's layer it comes from, shown in every message;
-    ``writes`` names the state buffers that it updates in place."""
+    ``writes`` names the state buffers that it updates in place; ``overwrites`` an input whose memory its output takes,
+    or nothing."""
 
     op: str
     name: str
@@ -83,6 +84,7 @@ class Node:
     outputs: tuple[str, ...]
     attrs: Attrs
     writes: tuple[str, ...] = ()
+    overwrites: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,15 @@ class Graph:
     def states(self) -> tuple[Value, ...]:
         """All state values, in the order they were added."""
         return tuple(v for v in self.values.values() if v.kind is Kind.STATE)
+
+    def flat(self) -> Graph:
+        """The same program with the nodes of its streams one after the other."""
+        streams = [n.attrs for n in self.nodes if isinstance(n.attrs, Stream)]
+        if not streams:
+            return self
+        nodes = [inner for n in self.nodes for inner in (n.attrs.nodes if isinstance(n.attrs, Stream) else (n,))]
+        values = {**{v.name: v for s in streams for v in s.values}, **self.values}
+        return replace(self, nodes=tuple(nodes), values=values)
 
     def with_nodes(self, nodes: Iterable[Node], *, stage: Stage | None = None) -> Graph:
         """The same graph with another list of nodes; values that nothing names any more are dropped."""

@@ -65,6 +65,8 @@ def _node(graph: Graph, node: Node) -> str:
     text += f"{node.op}({', '.join(_ref(graph, n) for n in node.inputs)})"
     if node.writes:
         text += f" -> {', '.join(_ref(graph, n) for n in node.writes)}"
+    if node.overwrites:
+        text += f" over {_ref(graph, node.overwrites)}"
     attrs = _attrs(node.attrs)
     if attrs:
         text += f" {{{attrs}}}"

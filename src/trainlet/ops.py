@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -181,6 +181,19 @@ class FusedDb(Attrs):
     """conv2d_db and sgd_bias in one node."""
 
     sgd: SgdBias
+
+
+@dataclass(frozen=True, slots=True)
+class Stream(Attrs):
+    """Consecutive forward nodes that run depth first, by output rows. ``values`` are what they make; ``rings`` says how
+    many rows there are of each value that never exists whole: of what no other node reads, and of the model's image
+    where that is delivered by rows. Where the node overwrites an input, its last output begins ``lead`` bytes before it
+    and follows its reader through it."""
+
+    nodes: tuple[Node, ...]
+    values: tuple[Value, ...]
+    rings: tuple[tuple[str, int], ...]
+    lead: int = 0
 
 
 # --- shape and dtype rules ----------------------------------------------------------------------------------
@@ -371,16 +384,50 @@ def _rule_conv2d_db(node: Node, ins: Sequence[Value]) -> tuple[Type, ...]:
     return (((ins[0].shape[-1],), "s32" if ins[0].dtype == "s8" else "f32"),)
 
 
+def _need_weight_update(a: SgdWeight, node: Node, dw: Type, rest: Sequence[Value]) -> None:
+    """``dw`` is the gradient's type, ``rest`` are lr[, scale], channels."""
+    shape, dtype = dw
+    integer = dtype == "s32"
+    need(a.fraction_bits in (0, 4, 8), "fraction bits are 0, 4 or 8")
+    need(a.pixels > 0, "the layer's output has at least one pixel")
+    need(len(node.writes) == (2 if a.fraction_bits else 1), "writes the weight and its fraction bits")
+    need(dtype in ("s32", "f32") and len(shape) == 4, "the gradient is s32 or f32, of the weights' shape")
+    need(len(rest) == (3 if integer else 2), "behind the gradient come lr, [scale,] channels")
+    lr, channels = rest[0], rest[-1]
+    need(lr.shape == (1,) and lr.dtype == "f32", "lr is one f32")
+    need(channels.dtype == "u16" and len(channels.shape) == 1, "channels is a table of u16")
+    k = channels.size
+    want = (k, *a.conv.kernel, 1) if a.conv.depthwise else (shape[0], *a.conv.kernel, k)
+    need(shape == want, f"the gradient of {k} channels is {want}, not {shape}")
+    out_c = a.conv.groups if a.conv.depthwise else shape[0]
+    scaled = not integer or (rest[1].shape == (out_c,) and rest[1].dtype == "f32")
+    need(scaled, f"scale is f32, one for each of {out_c} output channels")
+
+
 def _rule_sgd_weight(node: Node, ins: Sequence[Value]) -> tuple[Type, ...]:
     a = node.attrs
     assert isinstance(a, SgdWeight)
-    need(a.fraction_bits in (0, 4, 8), "fraction bits are 0, 4 or 8")
-    need(len(node.writes) == (2 if a.fraction_bits else 1), "writes the weight and its fraction bits")
+    _need_weight_update(a, node, (ins[0].shape, ins[0].dtype), ins[1:])
     return ()
 
 
-def _rule_sgd_bias(node: Node, ins: Sequence[Value]) -> tuple[Type, ...]:
+def _need_bias_update(a: SgdBias, node: Node, db: Type, rest: Sequence[Value]) -> None:
+    """``db`` is the gradient's type, ``rest`` are lr[, scale]."""
+    shape, dtype = db
+    integer = dtype == "s32"
     need(len(node.writes) == 1, "writes the bias")
+    need(a.pixels > 0, "the layer's output has at least one pixel")
+    need(dtype in ("s32", "f32") and len(shape) == 1, "the gradient is s32 or f32, one per output channel")
+    need(len(rest) == (2 if integer else 1), "behind the gradient come lr[, scale]")
+    need(rest[0].shape == (1,) and rest[0].dtype == "f32", "lr is one f32")
+    scaled = not integer or (rest[1].shape == shape and rest[1].dtype == "f32")
+    need(scaled, f"scale is f32, one for each of {shape[0]} output channels")
+
+
+def _rule_sgd_bias(node: Node, ins: Sequence[Value]) -> tuple[Type, ...]:
+    a = node.attrs
+    assert isinstance(a, SgdBias)
+    _need_bias_update(a, node, (ins[0].shape, ins[0].dtype), ins[1:])
     return ()
 
 
@@ -391,9 +438,43 @@ def _rule_fused_dx(node: Node, ins: Sequence[Value]) -> tuple[Type, ...]:
     return (((*a.dx.in_hw, cg * a.dx.conv.groups), "s8"),)
 
 
-def _rule_nothing(node: Node, ins: Sequence[Value]) -> tuple[Type, ...]:
-    need(len(node.writes) > 0, "writes a state buffer")
+def _rule_fused_dw(node: Node, ins: Sequence[Value]) -> tuple[Type, ...]:
+    a = node.attrs
+    assert isinstance(a, FusedDw)
+    (dw,) = _rule_conv2d_dw(replace(node, attrs=a.dw), ins[:2])
+    _need_weight_update(a.sgd, node, dw, ins[2:])
     return ()
+
+
+def _rule_fused_db(node: Node, ins: Sequence[Value]) -> tuple[Type, ...]:
+    a = node.attrs
+    assert isinstance(a, FusedDb)
+    (db,) = _rule_conv2d_db(node, ins[:1])
+    _need_bias_update(a.sgd, node, db, ins[1:])
+    return ()
+
+
+def _rule_stream(node: Node, ins: Sequence[Value]) -> tuple[Type, ...]:
+    a = node.attrs
+    assert isinstance(a, Stream)
+    need(len(a.nodes) > 0, "holds at least one node")
+    known = dict(zip(node.inputs, ins, strict=True))
+    values = {v.name: v for v in a.values}
+    for inner in a.nodes:
+        need(inner.op in STREAMED, f"{inner.op!r} does not run by rows; {', '.join(STREAMED)} do")
+        need(all(i in known for i in inner.inputs), f"{inner.name!r} reads inputs of the stream and what it has made")
+        (made,) = OPS[inner.op].rule(inner, [known[i] for i in inner.inputs])
+        y = values.get(inner.outputs[0])
+        need(y is not None and (y.shape, y.dtype) == made, f"the stream holds what {inner.name!r} makes, {made}")
+        known[inner.outputs[0]] = values[inner.outputs[0]]
+    rows = dict(a.rings)
+    need(all(0 < r <= known[n].shape[0] for n, r in rows.items()), "a ring has at most as many rows as its value")
+    need(all(o in values and o not in rows for o in node.outputs), "its outputs are made inside, and whole")
+    return tuple((values[o].shape, values[o].dtype) for o in node.outputs)
+
+
+STREAMED = ("conv2d", "add", "clip_mask", "select_channels")
+"""Operators with one output that can be made row by row."""
 
 
 # --- cost: multiply-accumulates -----------------------------------------------------------------------------
@@ -432,6 +513,13 @@ def _macs_dw(node: Node, ins: Sequence[Value], outs: Sequence[Value]) -> int:
     return oh * ow * per_pixel * a.conv.kernel[0] * a.conv.kernel[1]
 
 
+def _macs_stream(node: Node, ins: Sequence[Value], outs: Sequence[Value]) -> int:
+    a = node.attrs
+    assert isinstance(a, Stream)
+    known = {**dict(zip(node.inputs, ins, strict=True)), **{v.name: v for v in a.values}}
+    return sum(OPS[n.op].macs(n, [known[v] for v in n.inputs], [known[v] for v in n.outputs]) for n in a.nodes)
+
+
 # --- the table --------------------------------------------------------------------------------------------
 
 Rule = Callable[["Node", "Sequence[Value]"], tuple[Type, ...]]
@@ -450,7 +538,7 @@ class Op:
 
 _MODEL = ("float", "int8", "train", "lowered")
 _STEP = ("train", "lowered")
-_UNFUSED = ("train",)
+_UNFUSED = ("train", "lowered")
 _FUSED = ("lowered",)
 
 OPS: dict[str, Op] = {
@@ -478,6 +566,8 @@ OPS: dict[str, Op] = {
     "sgd_bias": Op(SgdBias, _rule_sgd_bias, _macs_none, _UNFUSED),
     # fused by passes/fuse.py
     "conv2d_dx_round": Op(FusedDx, _rule_fused_dx, _macs_dx, _FUSED),
-    "conv2d_dw_sgd": Op(FusedDw, _rule_nothing, _macs_dw, _FUSED),
-    "conv2d_db_sgd": Op(FusedDb, _rule_nothing, _macs_none, _FUSED),
+    "conv2d_dw_sgd": Op(FusedDw, _rule_fused_dw, _macs_dw, _FUSED),
+    "conv2d_db_sgd": Op(FusedDb, _rule_fused_db, _macs_none, _FUSED),
+    # made by passes/stream.py
+    "stream": Op(Stream, _rule_stream, _macs_stream, _FUSED),
 }

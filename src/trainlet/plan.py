@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from trainlet import scratch
 from trainlet.ir import Graph, Kind, Node, Value
-from trainlet.ops import Conv2d, FusedDw, FusedDx, conv_out_hw
+from trainlet.ops import Conv2d, Conv2dDw, Conv2dDx, FusedDw, FusedDx, SgdWeight, Stream, conv_out_hw
 
 ALIGNMENT = 4
 
@@ -42,7 +42,8 @@ class Block:
     scratch: bool = False
 
 
-def _up(n: int) -> int:
+def aligned(n: int) -> int:
+    """``n`` bytes, rounded up to whole words."""
     return (n + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 
@@ -54,11 +55,14 @@ def geometry(graph: Graph, node: Node) -> tuple[Conv2d, tuple[int, int, int], tu
     That of a weight gradient is the layer's, though only some channels of its input are kept."""
     a = node.attrs
     v = graph.values
-    if isinstance(a, FusedDx):
-        h, w = a.dx.in_hw
+    dx = a.dx if isinstance(a, FusedDx) else a
+    if isinstance(dx, Conv2dDx):
+        h, w = dx.in_hw
         shape = v[node.inputs[1]].shape
-        return a.dx.conv, (h, w, shape[3] * a.dx.conv.groups), (*conv_out_hw(a.dx.conv, h, w), shape[0])
-    if isinstance(a, FusedDw):
+        return dx.conv, (h, w, shape[3] * dx.conv.groups), (*conv_out_hw(dx.conv, h, w), shape[0])
+    if isinstance(a, Conv2dDw):
+        return geometry(graph, weight_update(graph, node))
+    if isinstance(a, FusedDw | SgdWeight):
         layer = next(n for n in graph.find("conv2d") if node.writes[0] in n.inputs)
         return geometry(graph, layer)
     assert isinstance(a, Conv2d)
@@ -66,10 +70,24 @@ def geometry(graph: Graph, node: Node) -> tuple[Conv2d, tuple[int, int, int], tu
     return a, (x[0], x[1], x[2]), (y[0], y[1], y[2])
 
 
+def weight_update(graph: Graph, node: Node) -> Node:
+    """The update that a weight gradient is for; it knows the layer, and which channels are kept."""
+    return next(n for n in graph.consumers(node.outputs[0]) if n.op == "sgd_weight")
+
+
 def _conv(graph: Graph, node: Node) -> int:
     a, x, y = geometry(graph, node)
+    if ready_weights(graph, node):
+        return scratch.conv2d_packed_scratch(*x, *y, *a.kernel, a.groups, 0)
     table = _DEPTHWISE if a.depthwise else _GENERAL
-    return table[node.op](*x, *y, *a.kernel, a.groups, _kept(node))
+    ring = scratch.depthwise_ring(x[1], (a.kernel[0] - 1) * a.dilation[0] + 1) if node.overwrites else 0
+    return table[node.op](*x, *y, *a.kernel, a.groups, _kept(node)) + ring
+
+
+def ready_weights(graph: Graph, node: Node) -> bool:
+    """Whether the weights lie in flash as the general forward kernel takes them: where nothing else reads them."""
+    general = node.op == "conv2d" and isinstance(node.attrs, Conv2d) and not node.attrs.depthwise
+    return general and len(node.inputs) == 4 and len(graph.consumers(node.inputs[1])) == 1
 
 
 def _kept(node: Node) -> int:
@@ -102,6 +120,20 @@ SCRATCH: Mapping[str, Callable[[Graph, Node], int]] = {
 """Scratch in bytes of the operators that need some; the figures are the kernels' own (csrc/kernels/tl.h)."""
 
 
+def stream_counters(node: Node) -> int:
+    """Bytes at the beginning of a stream's scratch: how many rows there are, 16 bits for each node."""
+    assert isinstance(node.attrs, Stream)
+    return aligned(2 * len(node.attrs.nodes))
+
+
+def node_scratch(graph: Graph, node: Node) -> int:
+    """Scratch of a node in bytes. That of a stream holds its counters and serves its nodes one after the other;
+    ``graph`` is flat."""
+    if isinstance(node.attrs, Stream):
+        return stream_counters(node) + max(node_scratch(graph, n) for n in node.attrs.nodes)
+    return aligned(SCRATCH[node.op](graph, node)) if node.op in SCRATCH else 0
+
+
 # --- lifetimes --------------------------------------------------------------------------------------------------
 
 
@@ -110,23 +142,77 @@ def in_arena(v: Value) -> bool:
     return v.kind is Kind.ACTIVATION or (v.kind is Kind.INPUT and len(v.shape) == 3)
 
 
+def rows_bytes(v: Value, rows: int) -> int:
+    """Bytes of so many rows of a tensor (H, W, C)."""
+    return v.nbytes // v.shape[0] * rows
+
+
 def lifetimes(graph: Graph) -> list[Block]:
-    """All buffers of the arena. Inputs exist from node -1, outputs of the graph to the end."""
+    """All buffers of the arena. Inputs exist from node -1, outputs of the graph to the end; the rings of a stream while
+    it runs, and where it reads the image row by row also while that is delivered."""
     first = {name: i for i, n in enumerate(graph.nodes) for name in n.outputs}
     last = dict(first)
     for i, n in enumerate(graph.nodes):
         last.update(dict.fromkeys(n.inputs, i))
     last.update(dict.fromkeys(graph.outputs, len(graph.nodes)))
-    blocks = [
-        Block(v.name, _up(v.nbytes), first.get(v.name, -1), last.get(v.name, -1))
-        for v in graph.values.values()
-        if in_arena(v)
-    ]
+    streams = [(i, n.attrs) for i, n in enumerate(graph.nodes) if isinstance(n.attrs, Stream)]
+    rings = {v: (i, rows) for i, s in streams for v, rows in s.rings}
+    flat = graph.flat()
+    merged = {v: chain for chain in chains(graph) for v in chain}
+    blocks = []
+    for v in flat.values.values():
+        if v.name in rings:
+            i, rows = rings[v.name]
+            blocks.append(Block(v.name, aligned(rows_bytes(v, rows)), _begin(graph, i), i))
+        elif v.name in merged and v.name == next(iter(merged[v.name])):
+            chain = merged[v.name]
+            size = max(at + aligned(graph.values[name].nbytes) for name, at in chain.items())
+            begin = min(_begin(graph, first.get(name, -1)) for name in chain)
+            blocks.append(Block(v.name, size, begin, max(last[name] for name in chain)))
+        elif in_arena(v) and v.name not in merged:
+            blocks.append(Block(v.name, aligned(v.nbytes), _begin(graph, first.get(v.name, -1)), last.get(v.name, -1)))
     for i, n in enumerate(graph.nodes):
-        size = SCRATCH[n.op](graph, n) if n.op in SCRATCH else 0
+        size = node_scratch(flat, n)
         if size:
-            blocks.append(Block(n.name, _up(size), i, i, scratch=True))
+            blocks.append(Block(n.name, size, _begin(graph, i), i, scratch=True))
     return blocks
+
+
+def chains(graph: Graph) -> list[dict[str, int]]:
+    """Values that share a buffer since nodes write over their inputs, from the first to the last, and where in it each
+    begins."""
+    found: list[dict[str, int]] = []
+    for n in graph.nodes:
+        if not n.overwrites:
+            continue
+        chain = next((c for c in found if n.overwrites in c), None)
+        if chain is None:
+            found.append(chain := {n.overwrites: 0})
+        chain[_overwriting(n)] = chain[n.overwrites] - (n.attrs.lead if isinstance(n.attrs, Stream) else 0)
+    return [{v: at - min(c.values()) for v, at in c.items()} for c in found]
+
+
+def _overwriting(node: Node) -> str:
+    """The output that takes the memory of an input: of a stream what its last node makes."""
+    return node.attrs.nodes[-1].outputs[0] if isinstance(node.attrs, Stream) else node.outputs[0]
+
+
+def _begin(graph: Graph, i: int) -> int:
+    """When node ``i`` begins: with the first row of the image if it takes that row by row; -1 is before all nodes."""
+    return -1 if i >= 0 and feeds(graph) is graph.nodes[i] else i
+
+
+def feeds(graph: Graph) -> Node | None:
+    """The stream that the image is delivered to, row by row; None where the image lies in the arena."""
+    first = graph.nodes[0] if graph.nodes else None
+    a = first.attrs if first else None
+    return first if isinstance(a, Stream) and graph.inputs[0] in dict(a.rings) else None
+
+
+def loads(graph: Graph) -> list[int]:
+    """Bytes that exist at once, before the first node, at each node and after the last."""
+    blocks = lifetimes(graph)
+    return [sum(b.size for b in blocks if b.first <= t <= b.last) for t in range(-1, len(graph.nodes) + 1)]
 
 
 # --- placement --------------------------------------------------------------------------------------------------
@@ -191,12 +277,18 @@ def place(blocks: Iterable[Block], bound: int) -> list[tuple[Block, int]]:
 def make_plan(graph: Graph) -> MemoryPlan:
     """Plans the arena of a LOWERED graph (or of any graph whose operators' scratch is known)."""
     blocks = lifetimes(graph)
-    load = [sum(b.size for b in blocks if b.first <= t <= b.last) for t in range(-1, len(graph.nodes) + 1)]
+    load = loads(graph)
     bound = max(load)
     best = place(blocks, bound)
+    offsets = {b.name: at for b, at in best if not b.scratch}
+    sizes = {b.name: b.size for b, _ in best if not b.scratch}
+    for chain in chains(graph):
+        at = offsets[next(iter(chain))]
+        offsets |= {v: at + inside for v, inside in chain.items()}
+        sizes |= {v: aligned(graph.values[v].nbytes) for v in chain}
     return MemoryPlan(
-        offsets={b.name: at for b, at in best if not b.scratch},
-        sizes={b.name: b.size for b, _ in best if not b.scratch},
+        offsets=offsets,
+        sizes=sizes,
         scratch_offsets={b.name: at for b, at in best if b.scratch},
         scratch_sizes={b.name: b.size for b, _ in best if b.scratch},
         arena_bytes=max((at + b.size for b, at in best), default=0),

@@ -149,7 +149,7 @@ NOT_DIFFERENTIABLE = frozenset(
     {
         "clip_mask", "select_channels", "check_lr", "softmax_xent", "dense_dx", "dense_sgd", "avg_pool_dx", "mask_grad",
         "round_grad", "conv2d_dx", "conv2d_dw", "conv2d_db", "sgd_weight", "sgd_bias", "conv2d_dx_round",
-        "conv2d_dw_sgd", "conv2d_db_sgd",
+        "conv2d_dw_sgd", "conv2d_db_sgd", "stream",
     }
 )  # fmt: skip
 """Operators of a training step, which is not differentiated again (softmax_xent starts the walk)."""

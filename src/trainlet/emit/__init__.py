@@ -2,7 +2,7 @@
 """LOWERED graph + memory plan -> C99: one kernel call per node, literal arguments, no logic."""
 
 from trainlet.emit.emitter import Emitter, c_float, c_name
-from trainlet.emit.model import Sources, emit, graph_hash, prefix_length, prefix_values
+from trainlet.emit.model import Sources, emit, graph_hash
 from trainlet.emit.rules import EMIT
 
 __all__ = [
@@ -13,6 +13,4 @@ __all__ = [
     "c_name",
     "emit",
     "graph_hash",
-    "prefix_length",
-    "prefix_values",
 ]

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,12 +19,13 @@ from trainlet.ops import (
     MaskFrom,
     RoundGrad,
 )
-from trainlet.plan import MemoryPlan, geometry
+from trainlet.plan import MemoryPlan, geometry, stream_counters
 
 CTYPE = {"s8": "int8_t", "s16": "int16_t", "u16": "uint16_t", "s32": "int32_t", "f32": "float", "b1": "uint8_t",
          "s4": "uint8_t"}  # fmt: skip
 NUMPY_CTYPE = {"int8": "int8_t", "int16": "int16_t", "uint16": "uint16_t", "int32": "int32_t", "float32": "float"}
-RESERVED = ("model", "start", "prefix", "forward", "gradient", "head", "backward", "a", "s", "c")
+LANES = 16  # of the inner tile, csrc/kernels/tl_tile.h
+RESERVED = ("model", "start", "prefix", "forward", "gradient", "head", "backward", "a", "s", "c", "y")
 """What NAME.c itself defines."""
 
 
@@ -45,11 +48,13 @@ def c_float(v: float) -> str:
 
 @dataclass
 class Emitter:
-    """What the rules read, and the constant tables they ask for."""
+    """What the rules read, and the constant tables they ask for. While ``stream`` is set, calls are for row y of it."""
 
-    graph: Graph
+    graph: Graph  # flat
     plan: MemoryPlan
     layout: StateLayout
+    rings: Mapping[str, int]
+    stream: Node | None = None
     tables: dict[str, str] = field(default_factory=dict)
     symbols: dict[str, str] = field(default_factory=dict)
 
@@ -98,7 +103,25 @@ class Emitter:
         h, w, c = v.shape
         if v.exponent is not None and (h, w) == (1, 1):
             return f"TL_VECTOR({self.ptr(name)})"
-        return f"TL_PLAIN({self.ptr(name)}, {h}, {w}, {c})"
+        return f"TL_PLAIN({self.ptr(name)}, {self.rings.get(name, h)}, {w}, {c})"
+
+    def rows(self, height: int) -> str:
+        """The output rows of a call: all of them, or one in a stream."""
+        return "y, y + 1" if self.stream else f"0, {height}"
+
+    def begin(self, name: str) -> str:
+        """A pointer to what a call reads or writes of a tensor: its begin, or row y in a stream."""
+        if self.stream is None:
+            return self.ptr(name)
+        v = self.value(name)
+        row = f"(y % {self.rings[name]})" if name in self.rings else "y"
+        return f"{self.ptr(name)} + {row} * {v.nbytes // v.shape[0]}"
+
+    def part(self, name: str) -> tuple[int, int]:
+        """Rows and elements of a tensor that a call covers."""
+        v = self.value(name)
+        rows = 1 if self.stream else v.shape[0]
+        return rows, v.size // v.shape[0] * rows
 
     def grad(self, name: str) -> str:
         """A gradient with its exponent."""
@@ -106,6 +129,8 @@ class Emitter:
 
     def scratch(self, node: Node) -> str:
         """The node's scratch."""
+        if self.stream:
+            return f"a + {self.plan.scratch_offsets[self.stream.name] + stream_counters(self.stream)}"
         at = self.plan.scratch_offsets.get(node.name)
         return "NULL" if at is None else f"a + {at}"
 
@@ -130,6 +155,14 @@ class Emitter:
     def scales(self, name: str) -> numerics.F32:
         """The weight scales held by a constant."""
         return self.graph.data[name].astype(np.float32)
+
+    def ready_weights(self, conv: Conv2d, weight: str) -> str:
+        """A tl_weights literal of weights in the order of the general forward kernel (tl.h, TL_READY)."""
+        w = self.graph.data[weight].reshape(conv.groups, -1, math.prod(self.value(weight).shape[1:]))
+        _, channels, terms = w.shape
+        padded = np.pad(w, ((0, 0), (0, -channels % LANES), (0, terms % 2)))
+        packed = padded.reshape(-1, LANES, (terms + 1) // 2, 2).transpose(0, 2, 1, 3)
+        return f"(tl_weights){{{self.table(f'{weight}.ready', packed)}, NULL, NULL, TL_READY}}"
 
     def weights(self, conv: Conv2d, weight: str, trained: tuple[str, ...]) -> str:
         """A tl_weights literal. ``trained`` is () or (trained, channels)."""

@@ -5,90 +5,62 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
-import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from trainlet.emit.emitter import Emitter, c_float, c_name, comment
-from trainlet.emit.rules import EMIT
+from trainlet.emit.statement import REFUSES, function, statement
+from trainlet.emit.stream import stream_text
 from trainlet.errors import UnsupportedError
 from trainlet.ir import Graph, Kind, Node, Stage
 from trainlet.layout import StateLayout
-from trainlet.plan import MemoryPlan
-
-REFUSES = frozenset({"check_lr", "softmax_xent", "avg_pool_dx"})
+from trainlet.ops import Stream
+from trainlet.plan import MemoryPlan, feeds
+from trainlet.prefix import prefix_length
 
 
 @dataclass(frozen=True)
 class Sources:
-    """The emitted text by file name, and the prefix of its C names."""
+    """The emitted text by file name, and the prefix of its C names. ``symbols``: the C names of its constants by what
+    they are called in the graph, such as ``conv.3.weight.frozen``."""
 
     prefix: str
     files: Mapping[str, str]
-
-
-def prefix_length(graph: Graph) -> int:
-    """How many leading nodes depend on the image and on constants alone: the frozen prefix."""
-    for i, n in enumerate(graph.nodes):
-        touched = [graph.values[v] for v in (*n.inputs, *n.writes)]
-        if any(v.kind is Kind.STATE or v.name in ("label", "lr") for v in touched):
-            return i
-    return len(graph.nodes)
-
-
-def prefix_values(graph: Graph) -> tuple[str, ...]:
-    """What the frozen prefix leaves in the arena for the rest, in the order it was made; () without a prefix."""
-    length = prefix_length(graph)
-    made = [name for n in graph.nodes[:length] for name in n.outputs]
-    read = {name for n in graph.nodes[length:] for name in n.inputs}
-    return tuple(v for v in (*graph.inputs[:1], *made) if v in read) if length else ()
+    symbols: Mapping[str, str] = field(default_factory=dict)
 
 
 def _sections(graph: Graph) -> dict[str, list[Node]]:
     """The nodes of the five functions of a model."""
     nodes = graph.nodes
     cut = prefix_length(graph)
+    fed = feeds(graph) is not None  # the first node runs as the image arrives
     dense = max(i for i, n in enumerate(nodes) if n.op == "dense")
     checked = max((i for i, n in enumerate(nodes) if n.op in REFUSES), default=dense)
     rest = nodes[checked + 1 :]
     return {
-        "prefix": list(nodes[:cut]),
-        "forward": list(nodes[cut : dense + 1]),
+        "prefix": list(nodes[fed:cut]),
+        "forward": list(nodes[max(cut, fed) : dense + 1]),
         "gradient": list(nodes[dense + 1 : checked + 1]),
         "head": [n for n in rest if n.op == "dense_sgd"],
         "backward": [n for n in rest if n.op != "dense_sgd"],
     }
 
 
-def _statement(e: Emitter, node: Node) -> str:
-    """A block of its own: the views that a call is given live to the end of the block they stand in, and without one
-    they would add up to kilobytes of stack."""
-    text = EMIT[node.op](e, node)
-    text = f"{{ TL_TRY({text}); }}" if node.op in REFUSES else f"{{ {text}; }}"
-    body = textwrap.fill(
-        text, 116, initial_indent="    ", subsequent_indent="        ", break_long_words=False, break_on_hyphens=False
-    )
-    return f"    /* {comment(node.layer)}: {node.op} */\n{body}\n"
-
-
-def _function(e: Emitter, name: str, nodes: list[Node]) -> str:
+def _section(e: Emitter, name: str, nodes: list[Node]) -> str:
     status = name == "gradient"
-    lines = "".join(_statement(e, n) for n in nodes)
-    uses = (("a", "arena"), ("s", "state"))
-    local = "".join(f"    uint8_t *const {v} = c->{f};\n" for v, f in uses if re.search(rf"\b{v}( \+|,)", lines))
-    unused = "" if "c->" in lines + local else "    (void)c;\n"
-    end = "    return TL_OK;\n" if status else ""
-    return f"static {'tl_status' if status else 'void'} {name}(tl_context *c)\n{{\n{unused}{local}{lines}{end}}}\n"
+    lines = "".join(statement(e, n) for n in nodes)
+    head = f"static {'tl_status' if status else 'void'} {name}(tl_context *c)"
+    return function(head, lines + ("    return TL_OK;\n" if status else ""))
 
 
 def _init_table(e: Emitter) -> list[str]:
     rows = []
+    heads = {n.inputs[1] for n in e.graph.find("dense")}  # their memory holds random weights before the table is copied
     for v in e.graph.states():
         data = e.graph.data.get(v.name)
-        if data is None or not data.any():
+        if data is None or not (data.any() or v.name in heads):
             continue
         at = e.layout.offsets[v.name]
         rows.append(f"    {{{at}u, {v.nbytes}u, {e.table(f'{v.name}.start', data)}}},")
@@ -100,9 +72,13 @@ def emit(graph: Graph, plan: MemoryPlan, layout: StateLayout, model_hash: str) -
     eight digits go into the saved state."""
     if graph.stage is not Stage.LOWERED:
         raise UnsupportedError(f"{graph.name}: only a lowered graph is emitted, not stage {graph.stage.value!r}")
-    e = Emitter(graph, plan, layout)
+    streams = graph.find("stream")
+    rings = dict(ring for n in streams if isinstance(n.attrs, Stream) for ring in n.attrs.rings)
+    feed = feeds(graph)
+    e = Emitter(graph.flat(), plan, layout, rings)
     name = c_name(graph.name)
-    functions = "\n".join(_function(e, k, v) for k, v in _sections(graph).items())
+    streaming = "".join(stream_text(e, n) for n in streams)
+    functions = "\n".join(_section(e, k, v) for k, v in _sections(graph).items())
     init = _init_table(e)
     head = next(n for n in graph.nodes if n.op == "dense")
     classes, features = graph.values[head.inputs[1]].shape
@@ -118,6 +94,8 @@ def emit(graph: Graph, plan: MemoryPlan, layout: StateLayout, model_hash: str) -
         "classes": classes,
         "features": features,
         "input": f"{plan.offsets[image.name]}u",
+        "input_rows": rings.get(image.name, image.shape[0]),
+        "feed": f"&{e.symbol(feed.name)}" if feed else "NULL",
         "logits": f"{plan.offsets[head.outputs[0]]}u",
         "head_w": f"{layout.offsets[head.inputs[1]]}u",
         "head_b": f"{layout.offsets[head.inputs[2]]}u",
@@ -142,15 +120,27 @@ def emit(graph: Graph, plan: MemoryPlan, layout: StateLayout, model_hash: str) -
         "slots": slots,
         "source": comment(graph.name),
     }
-    body = f"{_C_HEAD.format(**values)}{functions}\n{start}static const tl_model model = {{\n{model}\n}};\n\n"
+    calls = f"{streaming}{functions}\n"
+    body = f"{_C_HEAD.format(**values)}{calls}{start}static const tl_model model = {{\n{model}\n}};\n\n"
     data = f"{_DATA_HEAD.format(**values)}{''.join(e.tables.values())}"
-    return Sources(
-        name, {f"{name}.h": _HEADER.format(**values), f"{name}.c": body + _API.format(**values), f"{name}_data.h": data}
-    )
+    files = {f"{name}.h": _HEADER.format(**values), f"{name}.c": body + _API.format(**values), f"{name}_data.h": data}
+    return Sources(name, files, dict(e.symbols))
+
+
+def _with_new_head(graph: Graph) -> Graph:
+    """The graph as if its head were a new one: a saved state holds the whole head, wherever it started."""
+    data = dict(graph.data)
+    heads = [n.inputs[1:] for n in graph.find("dense") if graph.values[n.inputs[1]].kind is Kind.STATE]
+    for weight, bias in heads:
+        data.pop(weight, None)
+        data[bias] = np.zeros(graph.values[bias].shape, np.float32)
+    return replace(graph, data=data)
 
 
 def graph_hash(graph: Graph) -> str:
-    """SHA-256 of a graph's text and data: what makes a saved state belong to a model."""
+    """SHA-256 of a graph's text and data, where the head starts left out: what makes a saved state belong to a
+    model."""
+    graph = _with_new_head(graph)
     h = hashlib.sha256(str(graph).encode())
     for name in sorted(graph.data):
         data = np.ascontiguousarray(graph.data[name])

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 
 from trainlet import numerics
 from trainlet.emit.emitter import Emitter, c_float
-from trainlet.errors import UnsupportedError
 from trainlet.ir import Kind, Node
 from trainlet.ops import (
     Add,
@@ -15,13 +14,19 @@ from trainlet.ops import (
     AvgPoolDx,
     CheckLr,
     Conv2d,
+    Conv2dDb,
+    Conv2dDw,
+    Conv2dDx,
     FusedDb,
     FusedDw,
     FusedDx,
     Mask,
     RoundGrad,
     SelectChannels,
+    SgdBias,
+    SgdWeight,
 )
+from trainlet.plan import ready_weights, weight_update
 
 
 def call(function: str, *args: object) -> str:
@@ -38,10 +43,11 @@ def emit_conv2d(e: Emitter, n: Node) -> str:
     tables = (e.table(f"{n.name}.mult", mult), e.table(f"{n.name}.shift", shift))
     q = e.struct(f"{n.name}.requant", "tl_requant", *tables, e.zero(y), int(a.clamp[0]), int(a.clamp[1]))
     kernel = "tl_depthwise_s8" if a.depthwise else "tl_conv2d_s8"
-    w = e.weights(a, n.inputs[1], n.inputs[4:])
-    rows = e.value(y).shape[0]
+    ready = ready_weights(e.graph, n)
+    w = e.ready_weights(a, n.inputs[1]) if ready else e.weights(a, n.inputs[1], n.inputs[4:])
+    rows = e.rows(e.value(y).shape[0])
     bias = e.ptr(n.inputs[2])
-    return call(kernel, e.conv(n, e.zero(x)), f"&{q}", w, bias, e.view(x), e.view(y), 0, rows, e.scratch(n))
+    return call(kernel, e.conv(n, e.zero(x)), f"&{q}", w, bias, e.view(x), e.view(y), rows, e.scratch(n))
 
 
 def emit_add(e: Emitter, n: Node) -> str:
@@ -53,7 +59,7 @@ def emit_add(e: Emitter, n: Node) -> str:
     zeros = (e.zero(p), e.zero(q), e.zero(y), int(a.clamp[0]), int(a.clamp[1]))
     table = e.struct(f"{n.name}.scale", "tl_add", *zeros, s.a[0], s.b[0], s.y[0], s.a[1], s.b[1], s.y[1])
     h, w, c = e.value(y).shape
-    return call("tl_add_s8", f"&{table}", e.view(p), e.view(q), e.view(y), w, c, 0, h)
+    return call("tl_add_s8", f"&{table}", e.view(p), e.view(q), e.view(y), w, c, e.rows(h))
 
 
 def emit_avg_pool(e: Emitter, n: Node) -> str:
@@ -76,24 +82,17 @@ def emit_clip_mask(e: Emitter, n: Node) -> str:
     a = n.attrs
     assert isinstance(a, Mask)
     lo, hi = int(a.clamp[0]), int(a.clamp[1])
-    return call("tl_clip_mask_s8", e.ptr(n.inputs[0]), e.value(n.inputs[0]).size, lo, hi, e.ptr(n.outputs[0]))
+    return call("tl_clip_mask_s8", e.begin(n.inputs[0]), e.part(n.inputs[0])[1], lo, hi, e.begin(n.outputs[0]))
 
 
 def emit_select_channels(e: Emitter, n: Node) -> str:
     a = n.attrs
     assert isinstance(a, SelectChannels)
-    h, w, c = e.value(n.inputs[0]).shape
-    table = n.inputs[1]
-    return call(
-        "tl_select_channels_s8",
-        e.ptr(n.inputs[0]),
-        h * w,
-        c,
-        a.groups,
-        e.ptr(table),
-        e.value(table).size,
-        e.ptr(n.outputs[0]),
-    )
+    _, w, c = e.value(n.inputs[0]).shape
+    pixels = e.part(n.inputs[0])[0] * w
+    table = (e.ptr(n.inputs[1]), e.value(n.inputs[1]).size)
+    x, y = e.begin(n.inputs[0]), e.begin(n.outputs[0])
+    return call("tl_select_channels_s8", x, pixels, c, a.groups, *table, y)
 
 
 def emit_check_lr(e: Emitter, n: Node) -> str:
@@ -141,10 +140,39 @@ def emit_mask_grad(e: Emitter, n: Node) -> str:
 def emit_round_grad(e: Emitter, n: Node) -> str:
     a = n.attrs
     assert isinstance(a, RoundGrad)
-    if a.computes:
-        raise UnsupportedError(f"{n.layer}: sums are rounded where they are made; run the pass 'fuse' first")
     out = e.value(n.outputs[0])
-    return call("tl_round_grad_s8", "&c->step", e.site(n, a, n.inputs), *out.shape, e.ptr(out.name))
+    if not a.computes:
+        return call("tl_round_grad_s8", "&c->step", e.site(n, a, n.inputs), *out.shape, e.ptr(out.name))
+    acc, scale, *rest = n.inputs
+    assert a.conv is not None
+    v = _dx_scale(e, n, numerics.dx_scale(a.conv, e.scales(scale)), "NULL")
+    sums = (e.ptr(acc), _exponent(e, acc))
+    site = e.site(n, a, tuple(rest))
+    return call("tl_round_grad_s32", "&c->step", v, int(a.conv.depthwise), *sums, site, *out.shape, e.ptr(out.name))
+
+
+def _exponent(e: Emitter, name: str) -> str:
+    return f"c->exponent[{e.value(name).exponent}]"
+
+
+def _dx_scale(e: Emitter, n: Node, s: numerics.DxScale, mt: str) -> str:
+    tables = (mt, e.table(f"{n.name}.mult", s.mult), e.table(f"{n.name}.exp", s.exp))
+    return "&" + e.struct(f"{n.name}.scale", "tl_dx_scale", *tables, s.pre)
+
+
+def emit_conv2d_dx(e: Emitter, n: Node) -> str:
+    a = n.attrs
+    assert isinstance(a, Conv2dDx)
+    g, weight, scale = n.inputs[:3]
+    w = e.weights(a.conv, weight, n.inputs[3:])
+    geo, r, acc = e.conv(n, 0), e.view(g), e.ptr(n.outputs[0])
+    if a.conv.depthwise:
+        return call("tl_depthwise_dx_s32", geo, w, r, acc)
+    return call("tl_conv2d_dx_s32", geo, _mt(e, n, numerics.dx_scale(a.conv, e.scales(scale))), w, r, acc)
+
+
+def _mt(e: Emitter, n: Node, s: numerics.DxScale) -> str:
+    return "NULL" if s.mt is None else e.table(f"{n.name}.mt", s.mt)
 
 
 def emit_conv2d_dx_round(e: Emitter, n: Node) -> str:
@@ -152,9 +180,7 @@ def emit_conv2d_dx_round(e: Emitter, n: Node) -> str:
     assert isinstance(a, FusedDx)
     conv = a.dx.conv
     s = numerics.dx_scale(conv, e.scales(n.inputs[2]))
-    mt = "NULL" if s.mt is None else e.table(f"{n.name}.mt", s.mt)
-    tables = (mt, e.table(f"{n.name}.mult", s.mult), e.table(f"{n.name}.exp", s.exp))
-    scale = e.struct(f"{n.name}.scale", "tl_dx_scale", *tables, s.pre)
+    scale = _dx_scale(e, n, s, _mt(e, n, s))
     count = _trained_inputs(e, n)
     w = e.weights(conv, n.inputs[1], n.inputs[3 : 3 + count])
     kernel = "tl_depthwise_dx_s8" if conv.depthwise else "tl_conv2d_dx_s8"
@@ -162,7 +188,7 @@ def emit_conv2d_dx_round(e: Emitter, n: Node) -> str:
     out = e.ptr(n.outputs[0])
     g = e.grad(n.inputs[0])
     rows = a.dx.in_hw[0]
-    return call(kernel, "&c->step", e.conv(n, 0), f"&{scale}", w, g, site, out, 0, rows, e.scratch(n))
+    return call(kernel, "&c->step", e.conv(n, 0), scale, w, g, site, out, 0, rows, e.scratch(n))
 
 
 def _trained_inputs(e: Emitter, n: Node) -> int:
@@ -171,34 +197,81 @@ def _trained_inputs(e: Emitter, n: Node) -> int:
     return 2 if following and e.value(following[0]).kind is Kind.STATE else 0
 
 
+def emit_conv2d_dw(e: Emitter, n: Node) -> str:
+    a = n.attrs
+    assert isinstance(a, Conv2dDw)
+    g, x = n.inputs
+    geo, dw = e.conv(n, e.zero(x)), e.ptr(n.outputs[0])
+    if a.conv.depthwise:
+        channels = e.ptr(weight_update(e.graph, n).inputs[-1])
+        return call("tl_depthwise_dw_s32", geo, channels, a.kept, e.view(g), e.view(x), dw)
+    return call("tl_conv2d_dw_s32", geo, a.kept, e.view(g), e.view(x), dw)
+
+
+def _weight_update(e: Emitter, n: Node, a: SgdWeight, scale: str, channels: str) -> tuple[str, str, str]:
+    """The tl_dw of an update, and what it writes: weights and fraction bits."""
+    rate = e.table(f"{n.name}.rate", numerics.weight_rate(a.conv, e.scales(scale), a.x_scale))
+    pre = numerics.pre_shift(127 * 255 * a.pixels)
+    fields = (f"{a.stream}u", e.ptr(channels), e.value(channels).size, a.fraction_bits, pre, rate)
+    fraction = f"TL_AT(uint8_t, s, {e.layout.offsets[n.writes[1]]})" if len(n.writes) > 1 else "NULL"
+    return "&" + e.struct(f"{n.name}.update", "tl_dw", *fields), e.ptr(n.writes[0]), fraction
+
+
+def emit_sgd_weight(e: Emitter, n: Node) -> str:
+    assert isinstance(n.attrs, SgdWeight)
+    dw, _, scale, channels = n.inputs
+    update, w, fraction = _weight_update(e, n, n.attrs, scale, channels)
+    sums = (e.ptr(dw), _exponent(e, dw))
+    return call("tl_weight_sgd_s32", "&c->step", e.conv(n, 0), update, *sums, "c->lr", w, fraction)
+
+
 def emit_conv2d_dw_sgd(e: Emitter, n: Node) -> str:
     a = n.attrs
     assert isinstance(a, FusedDw)
-    conv, sgd = a.dw.conv, a.sgd
     g, x, _, scale, channels = n.inputs
-    rate = e.table(f"{n.name}.rate", numerics.weight_rate(conv, e.scales(scale), sgd.x_scale))
-    pre = numerics.pre_shift(127 * 255 * sgd.pixels)
-    fields = (f"{sgd.stream}u", e.ptr(channels), a.dw.kept, sgd.fraction_bits, pre, rate)
-    table = e.struct(f"{n.name}.update", "tl_dw", *fields)
-    kernel = "tl_depthwise_dw_s8" if conv.depthwise else "tl_conv2d_dw_s8"
-    w = e.ptr(n.writes[0])
-    fraction = f"TL_AT(uint8_t, s, {e.layout.offsets[n.writes[1]]})" if len(n.writes) > 1 else "NULL"
+    update, w, fraction = _weight_update(e, n, a.sgd, scale, channels)
+    kernel = "tl_depthwise_dw_s8" if a.dw.conv.depthwise else "tl_conv2d_dw_s8"
     geo = e.conv(n, e.zero(x))
-    return call(kernel, "&c->step", geo, f"&{table}", e.grad(g), e.view(x), "c->lr", w, fraction, e.scratch(n))
+    return call(kernel, "&c->step", geo, update, e.grad(g), e.view(x), "c->lr", w, fraction, e.scratch(n))
+
+
+def _bias_pixels(e: Emitter, g: str, pixels: int) -> tuple[int, int, int]:
+    """Rows, columns and channels that a bias gradient sums; one vector may stand for all pixels."""
+    h, w, c = e.value(g).shape
+    return (pixels, 1, c) if (h, w) == (1, 1) else (h, w, c)
+
+
+def emit_conv2d_db(e: Emitter, n: Node) -> str:
+    a = n.attrs
+    assert isinstance(a, Conv2dDb)
+    (g,) = n.inputs
+    return call("tl_bias_grad_s32", e.view(g), *_bias_pixels(e, g, a.pixels), e.ptr(n.outputs[0]))
+
+
+def _bias_update(e: Emitter, n: Node, a: SgdBias, scale: str) -> tuple[object, ...]:
+    """Rates, lr, pre-shift and bias of an update."""
+    rate = e.table(f"{n.name}.rate", numerics.bias_rate(a.conv, e.scales(scale), a.x_scale))
+    return rate, "c->lr", numerics.pre_shift(127 * a.pixels), e.ptr(n.writes[0])
+
+
+def emit_sgd_bias(e: Emitter, n: Node) -> str:
+    a = n.attrs
+    assert isinstance(a, SgdBias)
+    db, _, scale = n.inputs
+    sums = (e.ptr(db), _exponent(e, db), e.value(db).size)
+    return call("tl_bias_sgd_s32", "&c->step", f"{a.stream}u", *sums, *_bias_update(e, n, a, scale))
 
 
 def emit_conv2d_db_sgd(e: Emitter, n: Node) -> str:
     assert isinstance(n.attrs, FusedDb)
-    sgd = n.attrs.sgd
+    a = n.attrs.sgd
     g, _, scale = n.inputs
-    rate = e.table(f"{n.name}.rate", numerics.bias_rate(sgd.conv, e.scales(scale), sgd.x_scale))
-    h, w, c = e.value(g).shape
-    if (h, w) == (1, 1):  # one vector for all pixels
-        h, w = sgd.pixels, 1
-    pre = numerics.pre_shift(127 * sgd.pixels)
-    bias = e.ptr(n.writes[0])
-    stream = f"{sgd.stream}u"
-    return call("tl_bias_sgd_s8", "&c->step", stream, e.grad(g), h, w, c, rate, "c->lr", pre, bias, e.scratch(n))
+    grad = (e.grad(g), *_bias_pixels(e, g, a.pixels))
+    return call("tl_bias_sgd_s8", "&c->step", f"{a.stream}u", *grad, *_bias_update(e, n, a, scale), e.scratch(n))
+
+
+def emit_stream(e: Emitter, n: Node) -> str:
+    return call("tl_stream_run", f"&{e.symbol(n.name)}", "c")
 
 
 EMIT: Mapping[str, Callable[[Emitter, Node], str]] = {
@@ -215,7 +288,13 @@ EMIT: Mapping[str, Callable[[Emitter, Node], str]] = {
     "avg_pool_dx": emit_avg_pool_dx,
     "mask_grad": emit_mask_grad,
     "round_grad": emit_round_grad,
+    "conv2d_dx": emit_conv2d_dx,
+    "conv2d_dw": emit_conv2d_dw,
+    "conv2d_db": emit_conv2d_db,
+    "sgd_weight": emit_sgd_weight,
+    "sgd_bias": emit_sgd_bias,
     "conv2d_dx_round": emit_conv2d_dx_round,
     "conv2d_dw_sgd": emit_conv2d_dw_sgd,
     "conv2d_db_sgd": emit_conv2d_db_sgd,
+    "stream": emit_stream,
 }

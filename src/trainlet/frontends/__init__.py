@@ -10,9 +10,19 @@ from typing import Final
 from trainlet.errors import UnsupportedError, UsageError
 from trainlet.frontends.checkpoint import load_checkpoint
 from trainlet.frontends.common import attach_head, canonicalize_dead, check_sums, feature_pool, trunk
+from trainlet.frontends.size import at_size
 from trainlet.ir import Graph
 
-__all__ = ["attach_head", "canonicalize_dead", "check_sums", "feature_pool", "load", "load_checkpoint", "trunk"]
+__all__ = [
+    "at_size",
+    "attach_head",
+    "canonicalize_dead",
+    "check_sums",
+    "feature_pool",
+    "load",
+    "load_checkpoint",
+    "trunk",
+]
 
 _LOADERS: Final[dict[str, Callable[[Path], Graph]]] = {".pkl": load_checkpoint}
 

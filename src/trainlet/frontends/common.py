@@ -78,20 +78,36 @@ def trunk(graph: Graph) -> tuple[Node, ...]:
     return tuple(kept)
 
 
-def attach_head(graph: Graph, classes: int) -> Graph:
+def _own_head(graph: Graph, classes: int, features: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Weight and bias of the dense layer that the model has behind its pooled ``features``."""
+    own = next((n for n in graph.find("dense") if n.inputs[0] == features), None)
+    if own is None or not all(n in graph.data for n in own.inputs[1:]):
+        raise UnsupportedError(
+            f"{graph.name}: no trained dense layer follows its pooled features, so there is no head to keep; "
+            "start with a new one"
+        )
+    weight, bias = (graph.data[n].astype(np.float32) for n in own.inputs[1:])
+    if len(bias) != classes:
+        raise UsageError(f"{own.layer}: it knows {len(bias)} classes, and {classes} are asked for; start a new one")
+    return weight, bias
+
+
+def attach_head(graph: Graph, classes: int, *, keep: bool = False) -> Graph:
     """Replaces what follows the global average pool by a dense f32 layer ``head`` with ``classes`` outputs (1..65535).
 
-    ``head.weight`` [classes, C] has no data: a session draws it from its seed; ``head.bias`` starts at 0. The output
-    is ``logits`` (classes,) f32."""
+    ``head.weight`` [classes, C] has no data: a session draws it from its seed; ``head.bias`` starts at 0. With ``keep``
+    both start from the dense layer that the model brings; UnsupportedError where it brings none, UsageError where that
+    has another number of classes. The output is ``logits`` (classes,) f32."""
     if isinstance(classes, bool) or not isinstance(classes, int) or not 1 <= classes <= MAX_CLASSES:
         raise UsageError(f"head: {classes!r} classes; give a whole number from 1 to {MAX_CLASSES}")
     nodes = trunk(graph)
     features = feature_pool(graph).outputs[0]
+    start, bias_start = _own_head(graph, classes, features) if keep else (None, np.zeros(classes, np.float32))
     base = replace(graph, outputs=(features,)).with_nodes(nodes)
     g = GraphBuilder(graph.name, base)
     g.nodes.extend(nodes)
-    weight = g.add(Value("head.weight", (classes, base.values[features].size), "f32", Kind.STATE))
-    bias = g.add(Value("head.bias", (classes,), "f32", Kind.STATE), np.zeros(classes, np.float32))
+    weight = g.add(Value("head.weight", (classes, base.values[features].size), "f32", Kind.STATE), start)
+    bias = g.add(Value("head.bias", (classes,), "f32", Kind.STATE), bias_start)
     node = Node("dense", "head", "head", (features, weight, bias), ("logits",), Attrs())
     g.emit(node, Value("logits", (classes,), "f32"))
     return g.build(graph.stage, ("logits",))

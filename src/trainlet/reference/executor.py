@@ -211,6 +211,7 @@ def run(
 
     ``rounding`` False puts the identity in the place of every rounding of an integer graph, over float64. A graph of
     reals is always evaluated in float64. Raises what ``train_step`` raises."""
+    graph = graph.flat()
     r = start(graph, inputs, state or initial_state(graph, 0), rounding)
     execute(r, graph.nodes)
     return _declared(graph, r.values)
@@ -225,6 +226,7 @@ def train_step(
     gradient that is all zero updates the head only and counts as a step."""
     if not -(2**31) <= label < 2**31:
         raise UsageError(f"label {label}: give the number of a class, from 0")
+    graph = graph.flat()
     real = np.float32 if rounding and not _is_real(graph) else np.float64
     with np.errstate(over="ignore"):
         given = {graph.inputs[0]: image, "label": np.array([label], np.int32), "lr": np.array([lr]).astype(real)}
@@ -270,6 +272,7 @@ def infer(
     graph: Graph, state: TrainState | None, images: Tensor, *, output: str | None = None, rounding: bool = True
 ) -> Tensor:
     """The first output of ``graph`` (or the value ``output``) for images (N, H, W, C): (N, *its shape)."""
+    graph = graph.flat()
     wanted = output or graph.outputs[0]
     nodes = _needed(graph, wanted)
     given = state or initial_state(graph, 0)

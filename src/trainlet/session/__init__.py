@@ -35,7 +35,7 @@ class Session(Protocol):
     model_hash: str
 
     def reset(self, seed: int) -> None:
-        """Factory weights, a random head from ``seed``, step 0."""
+        """Factory weights, the model's own head or a random one from ``seed``, step 0."""
 
     def infer(self, image: Image) -> NDArray[np.float32]:
         """Logits."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from trainlet.build import NATIVE, build_library
 from trainlet.compiler import Compiled
-from trainlet.emit import prefix_values
+from trainlet.prefix import prefix_values
 from trainlet.session import Image, StepInfo
 from trainlet.session.checks import check_image, check_label, check_prefix, check_status, class_count
 from trainlet.session.state import StateCodec

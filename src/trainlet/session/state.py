@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from trainlet.errors import UsageError
 from trainlet.ir import Array, Graph, Node
 from trainlet.layout import HEADER_BYTES, StateLayout
-from trainlet.ops import FusedDw, FusedDx, RoundGrad
+from trainlet.ops import FusedDw, FusedDx, RoundGrad, SgdWeight
 from trainlet.verify.graph import MAX_BIAS, NUMPY_DTYPE
 
 MAX_RHO = 60
@@ -35,12 +35,18 @@ def _stream(node: Node) -> int:
     return a.round.stream if isinstance(a, FusedDx) else a.stream
 
 
+def _fraction_bits(update: Node) -> int:
+    a = update.attrs.sgd if isinstance(update.attrs, FusedDw) else update.attrs
+    assert isinstance(a, SgdWeight)
+    return a.fraction_bits
+
+
 class StateCodec:
     """Packs and unpacks the state of one LOWERED graph."""
 
     def __init__(self, graph: Graph, layout: StateLayout) -> None:
         self.graph, self.layout = graph, layout
-        self._updates = {n.writes[0]: n for n in graph.find("conv2d_dw_sgd")}
+        self._updates = {n.writes[0]: n for n in (*graph.find("conv2d_dw_sgd"), *graph.find("sgd_weight"))}
         sites = sorted((*graph.find("conv2d_dx_round"), *graph.find("round_grad")), key=_stream)
         self._rho = [n.writes[0] for n in sites]
         fractions = {n.writes[1] for n in self._updates.values() if len(n.writes) > 1}
@@ -61,9 +67,7 @@ class StateCodec:
         arrays["rho"] = np.array([self._read(raw, name)[0] for name in self._rho], np.int8)
         arrays |= {name: self._read(raw, name).copy() for name in self._plain}
         for name, node in self._updates.items():
-            a = node.attrs
-            assert isinstance(a, FusedDw)
-            full = self._read(raw, name).astype(np.int32) * (1 << a.sgd.fraction_bits)
+            full = self._read(raw, name).astype(np.int32) * (1 << _fraction_bits(node))
             if len(node.writes) > 1:
                 full += self._read(raw, node.writes[1]).astype(np.int32)
             arrays[_weight_name(name)] = full
@@ -110,14 +114,12 @@ class StateCodec:
         raw[at : at + v.nbytes] = flat
 
     def _write_weight(self, raw: NDArray[np.uint8], name: str, node: Node, arrays: Mapping[str, Array]) -> None:
-        a = node.attrs
-        assert isinstance(a, FusedDw)
         channels = node.inputs[-1]
         if not np.array_equal(arrays[channels], self.graph.data[channels]):
             raise UsageError(
                 f"{channels}: the state was trained on other input channels; use the model and scheme it came from"
             )
-        bits = a.sgd.fraction_bits
+        bits = _fraction_bits(node)
         full = arrays[_weight_name(name)].astype(np.int64)
         if np.abs(full).max() > 127 << bits:
             raise UsageError(f"{_weight_name(name)}: a weight lies outside +-127 x 2^{bits}; the state is damaged")

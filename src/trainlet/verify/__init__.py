@@ -4,5 +4,6 @@
 from trainlet.verify.errors import VerifyError
 from trainlet.verify.graph import verify_graph
 from trainlet.verify.plan import verify_plan
+from trainlet.verify.stream import verify_streams
 
-__all__ = ["VerifyError", "verify_graph", "verify_plan"]
+__all__ = ["VerifyError", "verify_graph", "verify_plan", "verify_streams"]

@@ -16,6 +16,7 @@ from trainlet.ops import (
     Add,
     Attrs,
     Conv2d,
+    FusedDx,
     Mask,
     MaskFrom,
     RoundGrad,
@@ -49,6 +50,9 @@ def verify_graph(graph: Graph) -> None:
     Raises VerifyError that names the first node or value at fault, its layer and the rule."""
     for rule in _CHECKS:
         rule(graph)
+    flat = graph.flat()
+    if flat is not graph:
+        verify_graph(flat)
 
 
 def _check_values(graph: Graph) -> None:
@@ -147,6 +151,31 @@ def _check_writes(graph: Graph) -> None:
             raise fail(node, f"may refuse the step, so it comes before the first write, which is {first.name!r}")
         if node.writes and first is None:
             first = node
+
+
+OVERWRITES = frozenset({"conv2d", "conv2d_dx_round", "add", "mask_grad", "stream"})
+"""Operators whose kernels may write over an input; of convolutions the depthwise ones that keep the shape."""
+
+
+def _check_overwrites(graph: Graph) -> None:
+    """What is overwritten no later node reads; only streams write over something of another size, and over an image."""
+    for i, node in enumerate(graph.nodes):
+        gone = node.overwrites
+        if not gone:
+            continue
+        check(node.op in OVERWRITES, node, f"{node.op!r} cannot write over an input")
+        check(node.inputs.count(gone) == 1, node, f"overwrites {gone!r}, which it reads once")
+        later = next((n.name for n in graph.nodes[i + 1 :] if gone in n.inputs), "")
+        check(not later and gone not in graph.outputs, node, f"overwrites {gone!r}, but {later!r} still reads it")
+        if node.op == "stream":
+            check(len(graph.values[gone].shape) == 3, node, f"overwrites an image or an activation, not {gone!r}")
+            continue
+        v, y = graph.values[gone], graph.values[node.outputs[0]]
+        check(v.kind is Kind.ACTIVATION, node, f"overwrites an activation, not {gone!r}")
+        check((v.shape, v.dtype) == (y.shape, y.dtype), node, f"its output has the type of {gone!r}, overwritten")
+        conv = node.attrs.dx.conv if isinstance(node.attrs, FusedDx) else node.attrs
+        same = not isinstance(conv, Conv2d) or (conv.depthwise and conv.stride == (1, 1))
+        check(same, node, "a convolution that overwrites its input is depthwise and goes pixel by pixel")
 
 
 def _check_rules(graph: Graph) -> None:
@@ -336,6 +365,7 @@ _CHECKS: tuple[Callable[[Graph], None], ...] = (
     _check_data,
     _check_schedule,
     _check_writes,
+    _check_overwrites,
     _check_rules,
     _check_layers,
     _check_stage_dtypes,

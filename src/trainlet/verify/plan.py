@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from trainlet.ir import Graph, Kind, Value
+from trainlet.ops import Stream, dtype_bits
 from trainlet.verify.errors import check, fail, node_label
 
 ALIGNMENT = 4
@@ -77,30 +78,55 @@ def verify_plan(graph: Graph, plan: Plan) -> None:
     )
 
 
-def _arena_values(graph: Graph) -> tuple[Value, ...]:
-    """The values that lie in the arena: activations and images. Label and lr are arguments."""
-    return tuple(
-        v for v in graph.values.values() if v.kind is Kind.ACTIVATION or (v.kind is Kind.INPUT and len(v.shape) == 3)
-    )
+def _in_arena(v: Value) -> bool:
+    """Activations and images lie in the arena. Label and lr are arguments."""
+    return v.kind is Kind.ACTIVATION or (v.kind is Kind.INPUT and len(v.shape) == 3)
+
+
+def _rings(graph: Graph) -> dict[str, tuple[int, int, Value]]:
+    """What exists by rows only: the index of its stream, the bytes of its ring, the value."""
+    found = {}
+    for i, node in enumerate(graph.nodes):
+        if not isinstance(node.attrs, Stream):
+            continue
+        known = {**graph.values, **{v.name: v for v in node.attrs.values}}
+        for name, rows in node.attrs.rings:
+            v = known[name]
+            found[name] = i, -(-v.size * dtype_bits(v.dtype) // v.shape[0] // 8) * rows, v
+    return found
+
+
+def _fed(graph: Graph) -> bool:
+    """Whether the first node begins with the image's first row."""
+    return any(name in graph.inputs and i == 0 for name, (i, _, _) in _rings(graph).items())
 
 
 def _value_blocks(graph: Graph, plan: Plan) -> list[_Block]:
-    first = {name: i for i, node in enumerate(graph.nodes) for name in node.outputs}
+    begins = [-1 if i == 0 and _fed(graph) else i for i in range(len(graph.nodes))]
+    first = {name: begins[i] for i, node in enumerate(graph.nodes) for name in node.outputs}
     last = {name: i for i, node in enumerate(graph.nodes) for name in (*node.inputs, *node.outputs)}
     last |= {name: len(graph.nodes) for name in graph.outputs}
-    values = _arena_values(graph)
-    known = {v.name for v in values}
+    for i, node in enumerate(graph.nodes):
+        if node.overwrites:
+            stream = node.attrs if isinstance(node.attrs, Stream) else None
+            made = stream.nodes[-1].outputs[0] if stream else node.outputs[0]
+            here, there = plan.offsets.get(made, -1), plan.offsets.get(node.overwrites, -2)
+            before = stream.lead if stream else 0
+            check(here == there - before, node, f"writes {before} bytes before {node.overwrites!r}, the overwritten")
+            last[node.overwrites] = i if stream else i - 1  # from node i on the bytes are the output's
+    rings = _rings(graph)
+    whole = [(v, v.nbytes, first.get(v.name, -1), last.get(v.name, -1)) for v in graph.values.values() if _in_arena(v)]
+    lives = [row for row in whole if row[0].name not in rings]
+    lives += [(v, nbytes, begins[i], i) for i, nbytes, v in rings.values()]
+    known = {row[0].name for row in lives}
     for name in (*plan.offsets, *plan.sizes):
         check(name in known, f"value {name!r}", "the plan places only what lies in the arena")
     blocks = []
-    for v in values:
+    for v, nbytes, begin, end in lives:
         check(v.name in plan.offsets and v.name in plan.sizes, v, "has a place in the plan")
-        size = plan.sizes[v.name]
-        check(size >= v.nbytes, v, f"has room for its {v.nbytes} bytes, not {size}")
-        begin = plan.offsets[v.name]
-        blocks.append(
-            _Block(f"value {v.name!r}", begin, begin + size, v.nbytes, first.get(v.name, -1), last.get(v.name, -1))
-        )
+        size, at = plan.sizes[v.name], plan.offsets[v.name]
+        check(size >= nbytes, v, f"has room for its {nbytes} bytes, not {size}")
+        blocks.append(_Block(f"value {v.name!r}", at, at + size, nbytes, begin, end))
     return blocks
 
 
@@ -113,20 +139,32 @@ def _scratch_blocks(graph: Graph, plan: Plan) -> list[_Block]:
         check(name in plan.scratch_offsets and name in plan.scratch_sizes, label, "has an offset and a size")
         begin, size = plan.scratch_offsets[name], plan.scratch_sizes[name]
         check(size >= 0, label, f"its size is not negative, as {size} is")
-        blocks.append(_Block(label, begin, begin + size, size, index[name], index[name]))
+        since = -1 if index[name] == 0 and _fed(graph) else index[name]
+        blocks.append(_Block(label, begin, begin + size, size, since, index[name]))
     return blocks
 
 
+def _streamed_over(graph: Graph) -> set[frozenset[str]]:
+    """Pairs of values that share bytes row by row: what that does is the business of verify_streams."""
+    streams = [n for n in graph.nodes if n.overwrites and isinstance(n.attrs, Stream)]
+    return {frozenset(f"value {v!r}" for v in (n.overwrites, n.outputs[-1])) for n in streams}
+
+
 def _check_overlaps(graph: Graph, blocks: Sequence[_Block]) -> None:
+    pairs = _streamed_over(graph)
     for i, a in enumerate(blocks):
         for b in blocks[:i]:
             at = max(a.first, b.first)
             shared = min(a.end, b.end) - max(a.begin, b.begin)
-            if at <= min(a.last, b.last) and shared > 0:
-                where = node_label(graph.nodes[at]) if 0 <= at < len(graph.nodes) else "the start"
-                raise fail(f"{a.label} and {b.label}", f"both exist at {where} and share {shared} bytes of the arena")
+            if at > min(a.last, b.last) or shared <= 0 or frozenset((a.label, b.label)) in pairs:
+                continue
+            where = node_label(graph.nodes[at]) if 0 <= at < len(graph.nodes) else "the start"
+            raise fail(f"{a.label} and {b.label}", f"both exist at {where} and share {shared} bytes of the arena")
 
 
 def _peak(graph: Graph, blocks: Sequence[_Block]) -> int:
+    """At least so many bytes live at once; of two values that share bytes the smaller one is left out."""
+    pairs = _streamed_over(graph)
+    smaller = {min((b for b in blocks if b.label in pair), key=lambda b: b.need).label for pair in pairs}
     times = range(-1, len(graph.nodes) + 1)
-    return max(sum(b.need for b in blocks if b.first <= t <= b.last) for t in times)
+    return max(sum(b.need for b in blocks if b.first <= t <= b.last and b.label not in smaller) for t in times)

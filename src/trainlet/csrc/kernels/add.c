@@ -31,9 +31,12 @@ static void scale(int32_t v[restrict RUN], const factor *restrict f)
 
 static void load(const int8_t *restrict x, int32_t n, int32_t zero, int32_t v[restrict RUN])
 {
-    int8_t all[RUN] = {0};
-    if (n < RUN) x = memcpy(all, x, (size_t)n);
-    for (int32_t i = 0; i < RUN; i++) v[i] = (x[i] - zero) * ((int32_t)1 << LEFT_SHIFT);
+    if (n == RUN) {
+        for (int32_t i = 0; i < RUN; i++) v[i] = (x[i] - zero) * ((int32_t)1 << LEFT_SHIFT);
+        return;
+    }
+    for (int32_t i = 0; i < n; i++) v[i] = (x[i] - zero) * ((int32_t)1 << LEFT_SHIFT);
+    for (int32_t i = n; i < RUN; i++) v[i] = 0;
 }
 
 /* y may be a or b: a run is read before it is written. */
@@ -41,7 +44,6 @@ static void add_run(const tl_add *p, const factor f[3], const int8_t *a, const i
 {
     const int32_t lo = p->lo - p->y_zero, hi = p->hi - p->y_zero;
     int32_t va[RUN], vb[RUN];
-    int8_t all[RUN];
     load(a, n, p->a_zero, va);
     load(b, n, p->b_zero, vb);
     scale(va, f);
@@ -49,8 +51,11 @@ static void add_run(const tl_add *p, const factor f[3], const int8_t *a, const i
     for (int32_t i = 0; i < RUN; i++) va[i] += vb[i];
     scale(va, f + 2);
     for (int32_t i = 0; i < RUN; i++) va[i] = TL_MIN(TL_MAX(va[i], lo), hi) + p->y_zero;
-    for (int32_t i = 0; i < RUN; i++) all[i] = (int8_t)va[i];
-    memcpy(y, all, (size_t)n);
+    if (n == RUN) {
+        for (int32_t i = 0; i < RUN; i++) y[i] = (int8_t)va[i];
+    } else {
+        for (int32_t i = 0; i < n; i++) y[i] = (int8_t)va[i];
+    }
 }
 
 static int whole_rows(tl_view v, int32_t channels) { return v.pixel == channels; }

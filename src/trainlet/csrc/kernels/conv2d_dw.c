@@ -3,6 +3,7 @@
  * pixels and multiplied with blocks of TL_LANES kept input channels, so that the weights of a row lie side by side. The
  * lanes hold x, not x - x_zero (which is no int8), padding is x_zero, and x_zero times the sum of the row is taken off. */
 #include "tl_math.h"
+#include "tl_move.h"
 #include "tl_round.h"
 #include "tl_tile.h"
 
@@ -22,7 +23,7 @@ static void gather_gradient(const tl_conv *c, tl_view r, int32_t o0, int32_t row
     const int32_t width = TL_EVEN(n);
     int32_t oy = p0 / c->out_w, ox = p0 % c->out_w;
     const int8_t *from = r.data + tl_ring(oy, r.ring) * r.row + ox * r.pixel + o0;
-    if (rows < TL_ROWS || n < width) memset(to, 0, (size_t)(TL_ROWS * width) * sizeof *to);
+    if (rows < TL_ROWS || n < width) tl_zero16(to, TL_ROWS * width);
     for (int32_t p = 0; p < n; p++, from += r.pixel) {
         if (ox == c->out_w) {
             ox = 0;
@@ -53,8 +54,8 @@ static void pack_input(const tl_conv *c, tl_view x, int32_t tap, int32_t i0, int
     const int8_t *even = padding;
     int32_t oy = p0 / c->out_w, ox = p0 % c->out_w;
     const int8_t *row = input_row(c, x, ky, i0, oy);
-    memset(padding, c->x_zero, sizeof padding);
-    if (count < TL_LANES) memset(packed, 0, (size_t)(TL_EVEN(n) * TL_LANES));
+    for (int32_t j = 0; j < TL_LANES; j++) padding[j] = (int8_t)c->x_zero;
+    if (count < TL_LANES) tl_zero8(packed, TL_EVEN(n) * TL_LANES);
     for (int32_t p = 0; p < n; p++, ox++) {
         if (ox == c->out_w) {
             ox = 0;
@@ -94,22 +95,13 @@ static void steps(const tl_rate *rate, const int32_t *restrict acc, int32_t off,
     }
 }
 
-/* A copy of `count` lanes, the usual number in one instruction. */
-static inline void copy_lanes(int8_t *restrict to, const int8_t *restrict from, int32_t count)
-{
-    if (count == TL_LANES) {
-        memcpy(to, from, TL_LANES);
-    } else {
-        for (int32_t j = 0; j < count; j++) to[j] = from[j];
-    }
-}
-
 static void update(const weight_row *row, const int32_t *restrict by)
 {
     const int32_t bits = row->bits, one = (int32_t)1 << bits, count = row->count;
     int32_t full[TL_LANES], top[TL_LANES];
-    int8_t stored[TL_LANES] = {0};
-    copy_lanes(stored, row->w + row->at, count);
+    int8_t stored[TL_LANES];
+    if (count < TL_LANES) tl_zero8(stored, TL_LANES);
+    tl_copy8(stored, row->w + row->at, count, TL_LANES);
     for (int32_t j = 0; j < TL_LANES; j++) full[j] = stored[j] * one;
     for (int32_t j = 0; bits && j < count; j++) full[j] += tl_fraction_get(row->fraction, row->at + j, bits);
     for (int32_t j = 0; j < TL_LANES; j++) {
@@ -117,7 +109,7 @@ static void update(const weight_row *row, const int32_t *restrict by)
         top[j] = (full[j] + (one >> 1)) >> bits;
         stored[j] = (int8_t)top[j];
     }
-    copy_lanes(row->w + row->at, stored, count);
+    tl_copy8(row->w + row->at, stored, count, TL_LANES);
     for (int32_t j = 0; bits && j < count; j++)
         tl_fraction_put(row->fraction, row->at + j, bits, full[j] - top[j] * one);
 }
@@ -130,17 +122,17 @@ typedef struct {
 } tile;
 
 /* sums[row][lane] of all pixels for kept channels j0 .. j0 + count - 1 of a tap. */
-static void sum(const tl_conv *c, tl_view r, tl_view x, tile *t, int32_t tap, int32_t i0, int32_t count,
+static void sum(const tl_conv *c, const tl_view *r, const tl_view *x, tile *t, int32_t tap, int32_t i0, int32_t count,
                 int32_t sums[TL_ROWS][TL_LANES], int32_t total[TL_ROWS])
 {
     const int32_t pixels = c->out_h * c->out_w, size = TL_MIN(CHUNK, pixels);
-    memset(total, 0, TL_ROWS * sizeof *total);
-    memset(sums, 0, TL_ROWS * sizeof *sums);
+    tl_zero32(total, TL_ROWS);
+    for (int32_t i = 0; i < TL_ROWS; i++) tl_zero32(sums[i], TL_LANES);
     for (int32_t p0 = 0; p0 < pixels; p0 += size) {
         const int32_t n = TL_MIN(size, pixels - p0), width = TL_EVEN(n);
-        if (t->first != p0) gather_gradient(c, r, t->o0, t->rows, p0, n, t->gradient);
+        if (t->first != p0) gather_gradient(c, *r, t->o0, t->rows, p0, n, t->gradient);
         t->first = p0;
-        pack_input(c, x, tap, i0, count, p0, n, t->packed);
+        pack_input(c, *x, tap, i0, count, p0, n, t->packed);
         tl_tile(t->gradient, t->packed, width, sums);
         for (int32_t i = 0; i < TL_ROWS; i++)
             for (int32_t p = 0; p < width; p++) total[i] += t->gradient[i * width + p];
@@ -165,8 +157,9 @@ void tl_conv2d_dw_s8(const tl_step *step, const tl_conv *c, const tl_dw *d, tl_g
         for (int32_t i = 0; i < t.rows; i++) rate[i] = tl_rate_of(lr * d->rate[o0 + i], g.e, d->pre, d->bits);
         for (int32_t b = 0; b < taps * blocks; b++) {
             const int32_t tap = b / blocks, j0 = b % blocks * TL_LANES, count = TL_MIN(TL_LANES, d->kept - j0);
-            int32_t sums[TL_ROWS][TL_LANES], total[TL_ROWS], channel[TL_LANES] = {0}, by[TL_LANES];
-            sum(c, g.r, x, &t, tap, t.group * d->kept + j0, count, sums, total);
+            int32_t sums[TL_ROWS][TL_LANES], total[TL_ROWS], channel[TL_LANES], by[TL_LANES];
+            sum(c, &g.r, &x, &t, tap, t.group * d->kept + j0, count, sums, total);
+            if (count < TL_LANES) tl_zero32(channel, TL_LANES);
             for (int32_t j = 0; j < count; j++) channel[j] = d->channels ? d->channels[j0 + j] : j0 + j;
             for (int32_t i = 0; i < t.rows; i++) {
                 const int32_t place = (o0 + i) * taps + tap;

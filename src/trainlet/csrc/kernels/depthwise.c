@@ -2,6 +2,7 @@
 /* Depthwise convolution: forward and input gradient. Work goes by blocks of channels, whose weights are
  * transposed to [tap][channel] in scratch, so that inner loops run over neighboring channels. */
 #include "tl_math.h"
+#include "tl_move.h"
 #include "tl_requant.h"
 #include "tl_round.h"
 #include "tl_tile.h"
@@ -102,6 +103,34 @@ static void sum_taps(const tl_conv *c, tl_view x, const taps *t, int32_t top, in
     }
 }
 
+/* What is still needed of a block of channels while its output is written over it: the rows under the window. */
+typedef struct {
+    tl_view from, rows;
+    int32_t height, width, ahead; /* row y of the output needs rows up to y + ahead */
+} keep;
+
+static keep keep_of(const tl_conv *c, tl_view x, int32_t ahead, void *scratch)
+{
+    const keep k = {x, {scratch, BLOCK, c->in_w * BLOCK, (c->kh - 1) * c->dil_h + 1}, c->in_h, c->in_w, ahead};
+    return k;
+}
+
+/* Keeps what row y of the output needs and has not been kept before. */
+static void keep_rows(const keep *k, int32_t y, int32_t c0, int32_t count)
+{
+    const int32_t end = TL_MIN(y + k->ahead + 1, k->height);
+    for (int32_t r = y == 0 ? 0 : y + k->ahead; r < end; r++) {
+        const int8_t *from = k->from.data + r % k->from.ring * k->from.row + c0;
+        int8_t *to = k->rows.data + r % k->rows.ring * k->rows.row;
+        for (int32_t i = 0; i < k->width; i++, from += k->from.pixel, to += BLOCK) tl_copy8(to, from, count, BLOCK);
+    }
+}
+
+int32_t tl_depthwise_ring(const tl_conv *c)
+{
+    return ((c->kh - 1) * c->dil_h + 1) * c->in_w * BLOCK;
+}
+
 int32_t tl_depthwise_scratch(const tl_conv *c)
 {
     return c->kh * c->kw * BLOCK * 4;
@@ -111,6 +140,9 @@ void tl_depthwise_s8(const tl_conv *c, const tl_requant *q, tl_weights w, const 
                      int32_t y0, int32_t y1, void *scratch)
 {
     int32_t *weights = scratch;
+    const int over = x.data == y.data;
+    const keep k = keep_of(c, x, (c->kh - 1) * c->dil_h - c->pad_h, weights + c->kh * c->kw * BLOCK);
+    const tl_view in = over ? k.rows : x;
     tl_lanes b;
     for (int32_t c0 = 0; c0 < c->in_c; c0 += BLOCK) {
         const int32_t count = TL_MIN(BLOCK, c->in_c - c0);
@@ -120,13 +152,14 @@ void tl_depthwise_s8(const tl_conv *c, const tl_requant *q, tl_weights w, const 
             const int32_t top = oy * c->stride_h - c->pad_h;
             const int32_t ky0 = first_tap(top, c->dil_h), ky1 = past_tap(top, c->dil_h, c->in_h, c->kh);
             int8_t *out = y.data + (oy % y.ring) * y.row + c0;
+            if (over) keep_rows(&k, oy, c0, count);
             for (int32_t ox = 0; ox < c->out_w; ox++, out += y.pixel) {
                 const int32_t left = ox * c->stride_w - c->pad_w;
                 const int32_t kx0 = first_tap(left, c->dil_w), kx1 = past_tap(left, c->dil_w, c->in_w, c->kw);
                 const taps t = {ky0, ky1, kx0, kx1};
                 int32_t acc[BLOCK] ALIGNED;
-                memcpy(acc, b.bias, sizeof acc);
-                sum_taps(c, x, &t, top, left, c0, count, weights, acc);
+                tl_copy32(acc, b.bias, BLOCK);
+                sum_taps(c, in, &t, top, left, over ? 0 : c0, count, weights, acc);
                 tl_lanes_store(&b, q, acc, count, out);
             }
         }
@@ -197,6 +230,9 @@ void tl_depthwise_dx_s8(tl_step *step, const tl_conv *c, const tl_dx_scale *v, t
 {
     const fan fy = fan_of(c->dil_h, c->stride_h, c->out_h, c->kh), fx = fan_of(c->dil_w, c->stride_w, c->out_w, c->kw);
     int32_t *weights = (int32_t *)scratch + 1;
+    const int over = g.r.data == rx;
+    const keep k = keep_of(c, g.r, c->pad_h, weights + c->kh * c->kw * BLOCK);
+    const tl_view in = over ? k.rows : g.r;
     tl_round r;
     tl_round_begin(&r, step, site, v, 1, g.e, c->in_w, c->in_c, scratch, y0 == 0);
     for (int32_t c0 = 0; c0 < c->in_c; c0 += BLOCK) {
@@ -206,10 +242,12 @@ void tl_depthwise_dx_s8(tl_step *step, const tl_conv *c, const tl_dx_scale *v, t
         for (int32_t iy = y0; iy < y1; iy++) {
             const reach y = reach_of(&fy, iy + c->pad_h);
             int8_t *out = rx + iy * c->in_w * c->in_c + c0;
+            if (over) keep_rows(&k, iy, c0, count);
             for (int32_t ix = 0; ix < c->in_w; ix++, out += c->in_c) {
                 const reach x = reach_of(&fx, ix + c->pad_w);
-                int32_t acc[BLOCK] ALIGNED = {0};
-                sum_reach(c, g.r, &fy, &fx, &y, &x, c0, count, weights, acc);
+                int32_t acc[BLOCK] ALIGNED;
+                tl_zero32(acc, BLOCK);
+                sum_reach(c, in, &fy, &fx, &y, &x, over ? 0 : c0, count, weights, acc);
                 tl_round_pixel(&r, iy, ix, acc, out);
             }
         }

@@ -2,6 +2,7 @@
 /* Weight update of a depthwise convolution. Sums are made row by row: a row of r and a row of x - x_zero lie in scratch
  * as [column][lane], 16 bits wide, so that the inner loop runs over whole lanes of one width. */
 #include "tl_math.h"
+#include "tl_move.h"
 #include "tl_round.h"
 
 #define BLOCK TL_LANES
@@ -24,7 +25,7 @@ int32_t tl_depthwise_dw_scratch(const tl_conv *c, int32_t kept)
 static void load_r(const tl_conv *c, const uint16_t *channels, tl_view r, int32_t y, int32_t j0, int32_t count,
                    int16_t *restrict out)
 {
-    int32_t from[BLOCK] = {0};
+    int32_t from[BLOCK];
     const int8_t *p = r.data + (y % r.ring) * r.row;
     for (int32_t j = 0; j < count; j++) from[j] = channels ? channels[j0 + j] : j0 + j;
     for (int32_t x = 0; x < c->out_w; x++, p += r.pixel, out += BLOCK) {
@@ -76,7 +77,7 @@ void tl_depthwise_dw_s8(const tl_step *step, const tl_conv *c, const tl_dw *d, t
     int16_t *r = (int16_t *)(sums + taps * BLOCK), *row = r + c->out_w * BLOCK;
     for (int32_t j0 = 0; j0 < d->kept; j0 += BLOCK) {
         const int32_t count = TL_MIN(BLOCK, d->kept - j0);
-        memset(sums, 0, (size_t)(taps * BLOCK) * sizeof *sums);
+        tl_zero32(sums, taps * BLOCK);
         for (int32_t oy = 0; oy < c->out_h; oy++) {
             load_r(c, d->channels, g.r, oy, j0, count, r);
             for (int32_t ky = 0; ky < c->kh; ky++) {

@@ -16,8 +16,8 @@ void tl_clip_mask_s8(const int8_t *y, int32_t n, int32_t low, int32_t high, uint
     uint8_t flag[64];
     for (int32_t i = 0; i < n; i += 64) {
         const int32_t count = TL_MIN(64, n - i);
-        if (count < 64) memset(flag, 0, sizeof flag);
         for (int32_t k = 0; k < count; k++) flag[k] = (uint8_t)((y[i + k] > lo) & (y[i + k] < hi));
+        for (int32_t k = count; k & 7; k++) flag[k] = 0;
         for (int32_t k = 0; k < count; k += 8) bits[(i + k) >> 3] = (uint8_t)gather_bits(flag + k);
     }
 }

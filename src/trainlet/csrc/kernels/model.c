@@ -48,18 +48,19 @@ tl_status tl_model_init(const tl_model *m, tl_context *c, int16_t *exponent, voi
 void tl_model_reset(const tl_model *m, tl_context *c, uint32_t seed)
 {
     memset(c->state, 0, m->state_bytes);
-    for (int32_t i = 0; i < m->n_init; i++)
-        if (m->init[i].data) memcpy(c->state + m->init[i].offset, m->init[i].data, m->init[i].bytes);
     tl_dense_init_f32(seed, m->classes, m->features, m->head_range, (float *)(void *)(c->state + m->head_w),
                       (float *)(void *)(c->state + m->head_b));
+    /* after the random head: a model may bring its own */
+    for (int32_t i = 0; i < m->n_init; i++)
+        if (m->init[i].data) memcpy(c->state + m->init[i].offset, m->init[i].data, m->init[i].bytes);
     header(c)[0] = seed;
     header(c)[1] = 0;
 }
 
 tl_status tl_model_begin(const tl_model *m, tl_context *c)
 {
-    (void)m;
     c->rows = 0;
+    if (m->feed) tl_stream_begin(m->feed, c);
     return TL_OK;
 }
 
@@ -68,8 +69,9 @@ tl_status tl_model_feed_row(const tl_model *m, tl_context *c, const int8_t *row)
     const uint32_t bytes = (uint32_t)(m->width * m->channels);
     if (!row) return TL_BAD_ARGUMENT;
     if (c->rows < 0 || c->rows >= m->height) return TL_BAD_ORDER;
-    memcpy(c->arena + m->input + (uint32_t)c->rows * bytes, row, bytes);
+    memcpy(c->arena + m->input + (uint32_t)(c->rows % m->input_rows) * bytes, row, bytes);
     c->rows++;
+    if (m->feed) tl_stream_feed(m->feed, c, c->rows);
     return TL_OK;
 }
 

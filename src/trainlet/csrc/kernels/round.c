@@ -5,6 +5,7 @@
 #include "tl_round.h"
 
 #include "tl_math.h"
+#include "tl_move.h"
 
 #define TL_NOTHING_SEEN INT32_MIN
 #define TL_H_MAX ((int32_t)1 << 30)
@@ -59,12 +60,13 @@ static void scale_lanes(const tl_round *r, const int32_t *acc, int32_t *h) {
 }
 
 static void add_further(const tl_round *r, const tl_grad *g, int32_t y, int32_t x, int32_t *h) {
-    int32_t more[TL_LANES] = {0};
+    int32_t more[TL_LANES];
     const int8_t *from = g->r.data + (ptrdiff_t)(y % g->r.ring) * g->r.row + (ptrdiff_t)x * g->r.pixel + r->c0;
     const int32_t apart = g->e - r->e_x;
     if (r->count == TL_LANES) {
         for (int32_t j = 0; j < TL_LANES; j++) more[j] = from[j];
     } else {
+        tl_zero32(more, TL_LANES);
         for (int32_t j = 0; j < r->count; j++) more[j] = from[j];
     }
     for (int32_t j = 0; j < TL_LANES; j++) {
@@ -116,7 +118,7 @@ void tl_round_pixel(tl_round *r, int32_t y, int32_t x, const int32_t *acc, int8_
     if (r->mult) {
         scale_lanes(r, acc, h);
     } else {
-        memset(h, 0, sizeof h);
+        tl_zero32(h, TL_LANES);
     }
     for (int32_t i = 0; i < site->n_further; i++) add_further(r, &site->further[i], y, x, h);
     if (site->mask.bits) {

@@ -37,7 +37,10 @@ typedef struct {
 /* Weights of a convolution whose input channels `channels` (n of each group; depthwise: of all) are trained.
  * frozen: the other channels, compact and in ascending order: [O][kh][kw][Cg - n], depthwise [C - n][kh][kw]; may be
  * NULL where none is left. trained: [O][kh][kw][n], depthwise [n][kh][kw]. A frozen layer has n = 0, trained = channels
- * = NULL. A fully trained layer has n = Cg, frozen = channels = NULL. channels is ascending. */
+ * = NULL. A fully trained layer has n = Cg, frozen = channels = NULL. channels is ascending. n = TL_READY: frozen holds
+ * all, in the order of the general forward kernel (tl_tile.h): by blocks of 16 output channels of a group, padded with
+ * zeros, and in them by pairs of terms (tap, input channel), likewise: [block][pair][16][2]. */
+enum { TL_READY = -1 };
 typedef struct {
     const int8_t *frozen, *trained;
     const uint16_t *channels;
@@ -59,7 +62,9 @@ typedef struct {
     int32_t y_zero, lo, hi;
 } tl_requant;
 
-/* Forward. Output rows y0 .. y1-1 of y. bias [O], |bias| <= 2^30. Scratch: tl_conv2d_scratch / tl_depthwise_scratch. */
+/* Forward. Output rows y0 .. y1-1 of y. bias [O], |bias| <= 2^30. Scratch: tl_conv2d_scratch / tl_depthwise_scratch.
+ * A depthwise kernel of stride 1 whose output has the size of its input may write over it, x.data = y.data, all rows in
+ * one call: the scratch is tl_depthwise_ring more then. */
 void tl_conv2d_s8(const tl_conv *c, const tl_requant *q, tl_weights w, const int32_t *bias, tl_view x, tl_view y,
                   int32_t y0, int32_t y1, void *scratch);
 void tl_depthwise_s8(const tl_conv *c, const tl_requant *q, tl_weights w, const int32_t *bias, tl_view x, tl_view y,
@@ -131,7 +136,7 @@ typedef struct {
  * and step->anchor. TL_NOT_FINITE or TL_ZERO_GRADIENT (then nothing else is written). */
 tl_status tl_avg_pool_dx_s8(tl_step *step, uint32_t stream, float *gf, int32_t features, float inv_pixels, int8_t *r,
                             int16_t *e);
-/* out = r where the mask is 1, else 0; H x W x C. */
+/* out = r where the mask is 1, else 0; H x W x C. out may be r, if that is plain. */
 void tl_mask_grad_s8(tl_view r, tl_mask mask, int32_t height, int32_t width, int32_t channels, int8_t *out);
 
 /* The rounding site of a gradient tensor: stream, its state rho, where e_x = A + rho - 6 is written, further gradients
@@ -157,7 +162,8 @@ typedef struct {
 /* Input gradient with further gradients, mask and the one rounding: rows y0..y1-1 of rx, a plain in_h x in_w x in_c
  * buffer. Calls for consecutive row ranges from 0 to in_h share `scratch`, whose first tl_*_dx_seen bytes carry the
  * rounding's statistics from call to call; rho is updated by the call that ends at in_h. Weights are those before their
- * update. rx does not overlap g. Scratch: tl_conv2d_dx_scratch / tl_depthwise_dx_scratch. */
+ * update. rx does not overlap g, but a depthwise one of stride 1 that keeps the size may write over a plain g, all rows in
+ * one call: the scratch is tl_depthwise_ring more then. Scratch: tl_conv2d_dx_scratch / tl_depthwise_dx_scratch. */
 void tl_conv2d_dx_s8(tl_step *step, const tl_conv *c, const tl_dx_scale *v, tl_weights w, tl_grad g, const tl_site *site,
                      int8_t *rx, int32_t y0, int32_t y1, void *scratch);
 void tl_depthwise_dx_s8(tl_step *step, const tl_conv *c, const tl_dx_scale *v, tl_weights w, tl_grad g,
@@ -186,9 +192,31 @@ void tl_conv2d_dw_s8(const tl_step *step, const tl_conv *c, const tl_dw *d, tl_g
 void tl_depthwise_dw_s8(const tl_step *step, const tl_conv *c, const tl_dw *d, tl_grad g, tl_view x, float lr, int8_t *w,
                         uint8_t *fraction, void *scratch);
 
+/* ---- gradients stored as sums, where they are not fused with what rounds them: the same bytes from more memory ---- */
+
+/* acc[in_h][in_w][in_c] = sum of W t, depthwise sum of W r; r has the output's size. Weights are those before their update. */
+void tl_conv2d_dx_s32(const tl_conv *c, const int16_t *mt, tl_weights w, tl_view r, int32_t *acc);
+void tl_depthwise_dx_s32(const tl_conv *c, tl_weights w, tl_view r, int32_t *acc);
+/* Rounds such sums, e being the exponent of the r that they were made from. v->mt is not read; per_channel: v has an entry
+ * per channel (depthwise). rx does not overlap acc. */
+void tl_round_grad_s32(tl_step *step, const tl_dx_scale *v, int32_t per_channel, const int32_t *acc, int32_t e,
+                       const tl_site *site, int32_t height, int32_t width, int32_t channels, int8_t *rx);
+/* dw = sum of r (x - x_zero) of the kept channels, in the order of tl_dw's w. channels: those of r, NULL for all. */
+void tl_conv2d_dw_s32(const tl_conv *c, int32_t kept, tl_view r, tl_view x, int32_t *dw);
+void tl_depthwise_dw_s32(const tl_conv *c, const uint16_t *channels, int32_t kept, tl_view r, tl_view x, int32_t *dw);
+/* The update of w by such sums, e being the exponent of r; general and depthwise layers. */
+void tl_weight_sgd_s32(const tl_step *step, const tl_conv *c, const tl_dw *d, const int32_t *dw, int32_t e, float lr,
+                       int8_t *w, uint8_t *fraction);
+/* db[channels] = sum of r; and the update of a bias by it. */
+void tl_bias_grad_s32(tl_view r, int32_t height, int32_t width, int32_t channels, int32_t *db);
+void tl_bias_sgd_s32(const tl_step *step, uint32_t stream, const int32_t *db, int32_t e, int32_t channels,
+                     const float *rate, float lr, int32_t pre, int32_t *bias);
+
 /* ---- scratch sizes in bytes, a multiple of 4; also called from the compiler through the host library ---- */
 int32_t tl_conv2d_scratch(const tl_conv *c);
+int32_t tl_conv2d_packed_scratch(const tl_conv *c); /* where weights are TL_READY */
 int32_t tl_depthwise_scratch(const tl_conv *c);
+int32_t tl_depthwise_ring(const tl_conv *c);
 int32_t tl_conv2d_dx_scratch(const tl_conv *c);
 int32_t tl_depthwise_dx_scratch(const tl_conv *c);
 int32_t tl_conv2d_dw_scratch(const tl_conv *c, int32_t kept);

@@ -32,10 +32,35 @@ typedef struct {
     const void *data;
 } tl_init;
 
+/* A node of a stream: `run` makes row y of its output, of `height`. It needs the rows y * stride - pad .. + size - 1 of
+ * its inputs, of in_height, as far as there are such. An input is made by the stage of that index; or it is TL_WHOLE
+ * from the start; or it is the image, TL_FED by rows. */
+typedef struct {
+    void (*run)(tl_context *, int32_t y);
+    int16_t first, second;
+    int32_t height, in_height, size, stride, pad;
+} tl_stage;
+enum { TL_WHOLE = -1, TL_FED = -2 };
+
+/* Nodes that run depth first, by rows. counters: where n uint16_t lie in the arena, the rows that each stage has made. */
+typedef struct {
+    const tl_stage *stages;
+    int32_t n;
+    uint32_t counters;
+} tl_stream;
+
+void tl_stream_begin(const tl_stream *s, tl_context *c);
+/* `fed` rows of the image are there: makes every row that can be made. */
+void tl_stream_feed(const tl_stream *s, tl_context *c, int32_t fed);
+/* From begin to end, for a stream whose inputs are there. */
+void tl_stream_run(const tl_stream *s, tl_context *c);
+
 typedef struct {
     uint32_t hash, arena_bytes, state_bytes;
     int32_t height, width, channels, classes, features;
     uint32_t input, logits;        /* offsets in the arena */
+    int32_t input_rows;            /* rows of the image that there are at once */
+    const tl_stream *feed;         /* takes the image as it is delivered; NULL: it is kept whole */
     uint32_t head_w, head_b;       /* offsets in the state */
     float head_range;              /* (fp32)(1/sqrt(features)) */
     const tl_init *init;
@@ -51,7 +76,7 @@ typedef struct {
  * TL_BAD_ARGUMENT, TL_BAD_SIZE, TL_BAD_ALIGNMENT; then the context is unusable. */
 tl_status tl_model_init(const tl_model *m, tl_context *c, int16_t *exponent, void *arena, size_t arena_bytes, void *state,
                         size_t state_bytes, uint32_t seed);
-/* Factory weights, a random head from seed, step 0. */
+/* Factory weights, the model's own head or a random one from seed, step 0. */
 void tl_model_reset(const tl_model *m, tl_context *c, uint32_t seed);
 /* An image: begin, then `height` rows of width * channels bytes, then one of the finish calls. TL_BAD_ORDER otherwise. */
 tl_status tl_model_begin(const tl_model *m, tl_context *c);

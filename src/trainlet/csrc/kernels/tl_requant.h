@@ -5,6 +5,7 @@
 
 #include "tl.h"
 #include "tl_math.h"
+#include "tl_move.h"
 #include "tl_tile.h"
 
 /* The constants of a block of channels; simple: all shifts go right and no sum reaches 2^30. */
@@ -44,11 +45,7 @@ static inline void tl_lanes_store(const tl_lanes *l, const tl_requant *q, const 
             v[j] = tl_clamp(tl_sat32((int64_t)tl_mbqm(acc[j], l->mult[j], l->shift[j]) + q->y_zero), q->lo, q->hi);
     }
     for (int32_t j = 0; j < TL_LANES; j++) b[j] = (int8_t)v[j];
-    if (count == TL_LANES) {
-        memcpy(out, b, TL_LANES);
-    } else {
-        memcpy(out, b, (size_t)count);
-    }
+    tl_copy8(out, b, count, TL_LANES);
 }
 
 #endif

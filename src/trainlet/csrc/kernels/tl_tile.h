@@ -8,6 +8,9 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "tl.h"
+#include "tl_arm.h"
+
 #if defined(__AVX2__) && !defined(TL_PLAIN_TILE)
 #include <immintrin.h>
 #define TL_X86
@@ -22,12 +25,37 @@
 #define TL_PACKED(k, lane) (((k) >> 1) * 2 * TL_LANES + (lane) * 2 + ((k) & 1))
 
 /* acc[row][lane] += sum over k of x[row * n + k] * w[TL_PACKED(k, lane)], k in 0..n-1, n even. Every partial sum fits
- * int32. x is aligned to 4 bytes. */
+ * int32. x and acc are aligned to 4 bytes. */
 void tl_tile(const int16_t *restrict x, const int8_t *restrict w, int32_t n, int32_t acc[restrict TL_ROWS][TL_LANES]);
 
-/* acc[lane] += sum over ky < ny, kx < nx of (rows[ky][kx * step + lane] - zero) * w[ky * w_row + kx * TL_LANES + lane]. */
+/* acc[lane] += sum over ky < ny, kx < nx of (rows[ky][kx * step + lane] - zero) * w[ky * w_row + kx * TL_LANES + lane].
+ * Each w fits 16 bits, zero is in -128..127. */
 void tl_tile_taps(const int8_t *const *rows, int32_t ny, int32_t nx, int32_t step, int32_t zero,
                   const int32_t *restrict w, int32_t w_row, int32_t acc[restrict TL_LANES]);
+
+/* Channels of a group: all that a sum runs over, or some of them. */
+typedef struct {
+    int32_t first, count;
+} tl_part;
+
+#define TL_CHUNK 64
+
+/* How many of the `channels` that a sum runs over, with all taps, are packed and gathered at once: all, but of many with
+ * one tap TL_CHUNK, if the sums of all pixels, which then have to be kept, take less room than is saved. */
+static inline int32_t tl_channels_at_once(const tl_conv *c, int32_t channels, int32_t pixels)
+{
+    const int32_t sums = (pixels + TL_ROWS - 1) / TL_ROWS * TL_ROWS * TL_LANES * 4;
+    const int32_t saved = (TL_EVEN(channels) - TL_CHUNK) * (TL_LANES + 2 * TL_ROWS);
+    return c->kh * c->kw == 1 && sums < saved ? TL_CHUNK : channels;
+}
+
+/* Scratch in bytes of inputs and weights of a tile, and of the sums that are kept. */
+static inline int32_t tl_tiles_scratch(const tl_conv *c, int32_t channels, int32_t pixels)
+{
+    const int32_t step = tl_channels_at_once(c, channels, pixels);
+    const int32_t sums = step < channels ? (pixels + TL_ROWS - 1) / TL_ROWS * TL_ROWS * TL_LANES * 4 : 0;
+    return TL_EVEN(c->kh * c->kw * step) * (TL_LANES + 2 * TL_ROWS) + sums;
+}
 
 /* The row of a ring of rows that holds row y; a plain buffer has as many as rows. */
 static inline int32_t tl_ring(int32_t y, int32_t ring)
@@ -49,6 +77,13 @@ static inline void tl_widen(const int8_t *restrict from, int32_t zero, int32_t n
         const __m128i v = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)(const void *)(from + i)));
         _mm_storeu_si128((__m128i *)(void *)(to + i), _mm_sub_epi16(v, _mm256_castsi256_si128(z)));
     }
+#elif defined(TL_DSP)
+    const int32_t minus = tl_lower(-zero, -zero);
+    for (; i + 4 <= n; i += 4) {
+        const int32_t v = tl_load_word(from + i), even = tl_even_bytes(minus, v), odd = tl_odd_bytes(minus, v);
+        tl_store_word(to + i, tl_lower(even, odd));
+        tl_store_word(to + i + 2, tl_upper(even, odd));
+    }
 #endif
     for (; i < n; i++) to[i] = (int16_t)(from[i] - zero);
 }
@@ -67,6 +102,13 @@ static inline void tl_multiply(const int8_t *restrict from, const int16_t *restr
         const __m128i v = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)(const void *)(from + i)));
         const __m128i m = _mm_loadu_si128((const __m128i *)(const void *)(by + i));
         _mm_storeu_si128((__m128i *)(void *)(to + i), _mm_mullo_epi16(v, m));
+    }
+#elif defined(TL_DSP)
+    for (; i + 4 <= n; i += 4) {
+        const int32_t v = tl_load_word(from + i), even = tl_even_bytes(0, v), odd = tl_odd_bytes(0, v);
+        const int32_t m = tl_load_word(by + i), next = tl_load_word(by + i + 2);
+        tl_store_word(to + i, tl_lower((int16_t)even * (int16_t)m, (int16_t)odd * (m >> 16)));
+        tl_store_word(to + i + 2, tl_lower((even >> 16) * (int16_t)next, (odd >> 16) * (next >> 16)));
     }
 #endif
     for (; i < n; i++) to[i] = (int16_t)(from[i] * by[i]);
