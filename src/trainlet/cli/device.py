@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,11 +20,18 @@ from trainlet.cli.commands import (
     Scheme,
     Sram,
     command,
-    measured_table,
     prepare_model,
+    spaced,
 )
 from trainlet.cli.output import Report, Table, grouped
 from trainlet.errors import UsageError
+
+if TYPE_CHECKING:
+    from trainlet.cli.prepare import Prepared
+    from trainlet.session import Session
+    from trainlet.session.mailbox import DeviceSession
+    from trainlet.targets import Target
+    from trainlet.validate import Validation
 
 
 @command("doctor")
@@ -75,24 +83,59 @@ def validate(
     bits: Bits = None,
     sram: Sram = None,
     flash: Flash = None,
+    emulator: Annotated[str, typer.Option(help="What emulates the chip: unicorn, qemu or both.")] = "unicorn",
     json: Json = False,
 ) -> Report:
     """Run the same steps here and on an emulated chip, and compare every byte."""
     from trainlet.cli.prepare import choose_target
-    from trainlet.session.emulator import EmulatorSession
     from trainlet.session.host import HostSession
-    from trainlet.validate import validate as compare
 
     chip = choose_target(on, target, sram, flash)
     if chip is None:
         raise UsageError("--on host: validate compares the host with a chip; give --on cortex-m7")
+    kinds = _emulators(emulator)
     p = prepare_model(model, scheme, classes, bits)
-    device = EmulatorSession(p.compiled, chip)
-    found = compare(HostSession(p.compiled), device, p.shape, steps)
     result = {**p.facts(), "classes": classes, "on": on, "target": chip.name, "sram_bytes": chip.sram_bytes}
-    result |= {**asdict(found), **device.facts()}
+    host = HostSession(p.compiled)
+    runs = {name: _validated(p, host, make, chip, steps) for name, make in kinds.items()}
     lines = [
-        f"equal: {grouped(found.compared_bytes)} bytes compared over {steps} steps, "
+        f"equal on {name}: {grouped(found.compared_bytes)} bytes compared over {steps} steps, "
         f"{grouped(found.changed_weights)} weights changed, state sha256 {found.state_sha256[:16]}"
+        for name, (found, _) in runs.items()
     ]
-    return Report(result, measured_table(device.facts()), lines)
+    data = [{"emulator": name, **asdict(found), **facts} for name, (found, facts) in runs.items()]
+    table = _measured({name: facts for name, (_, facts) in runs.items()})
+    return Report({**result, **data[0], "emulator": emulator, "runs": data}, [table], lines)
+
+
+def _measured(facts: dict[str, dict[str, int]]) -> Table:
+    """What each emulator measured, side by side; one may measure what another cannot."""
+    keys = dict.fromkeys(k for measured in facts.values() for k in measured)
+    rows = [(spaced(k), *(grouped(m[k]) if k in m else "" for m in facts.values())) for k in keys]
+    return Table("measured on the emulated chip", ("", *facts), rows)
+
+
+def _emulators(name: str) -> dict[str, Callable[..., DeviceSession]]:
+    """The kinds of session that ``--emulator`` names."""
+    from trainlet.session.emulator import EmulatorSession
+    from trainlet.session.qemu import QemuSession
+
+    kinds: dict[str, Callable[..., DeviceSession]] = {"unicorn": EmulatorSession, "qemu": QemuSession}
+    if name != "both" and name not in kinds:
+        raise UsageError(f"--emulator {name!r}: unknown; give {', '.join(kinds)} or both")
+    return kinds if name == "both" else {name: kinds[name]}
+
+
+def _validated(
+    p: Prepared, host: Session, make: Callable[..., DeviceSession], chip: Target, steps: int
+) -> tuple[Validation, dict[str, int]]:
+    """What one emulator has compared and measured."""
+    from trainlet.probe import first_difference
+    from trainlet.validate import validate as compare
+
+    device = make(p.compiled, chip)
+    try:
+        found = compare(host, device, p.shape, steps, lambda t: first_difference(p.compiled, make, chip, p.shape, t))
+        return found, device.facts()
+    finally:
+        device.close()

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from trainlet import frontends, irfile
-from trainlet.compiler import Compiled, compile_model
+from trainlet.compiler import Compiled, Passes, compile_model
 from trainlet.errors import OverBudgetError, UsageError
 from trainlet.ir import Graph, Stage
 from trainlet.ops import Conv2d
 from trainlet.plan import largest_alive
 from trainlet.scheme import UpdateScheme, extra_memory_bytes, resolve
 from trainlet.targets import DEFAULT_TARGET, Target, find_target, parse_size, with_limits
+
+INPUTS = ("rows", "image")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Prepared:
     scheme: UpdateScheme
     compiled: Compiled
     extra_memory_bytes: int
+    input: str = "rows"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -39,6 +42,7 @@ class Prepared:
             "model": self.model.name,
             "scheme": self.scheme.name,
             "bits": self.scheme.bits,
+            "input": self.input,
             "model_hash": self.compiled.model_hash,
             "arena_bytes": self.compiled.plan.arena_bytes,
             "lower_bound_bytes": self.compiled.plan.lower_bound,
@@ -66,10 +70,18 @@ def load_model(path: Path) -> Graph:
     return graph
 
 
-def prepare(model: Graph, scheme: UpdateScheme, classes: int) -> Prepared:
-    """Attaches the head and compiles."""
+def find_passes(image: str) -> Passes:
+    """The passes for ``--input``: rows or image."""
+    if image not in INPUTS:
+        raise UsageError(f"--input {image!r}: the image comes as {' or '.join(INPUTS)}; give one of them")
+    return Passes(by_rows=image == "rows")
+
+
+def prepare(model: Graph, scheme: UpdateScheme, classes: int, image: str = "rows") -> Prepared:
+    """Attaches the head and compiles; ``image`` is ``--input``."""
     graph = frontends.attach_head(model, classes)
-    return Prepared(model, scheme, compile_model(graph, scheme), extra_memory_bytes(graph, scheme))
+    compiled = compile_model(graph, scheme, find_passes(image))
+    return Prepared(model, scheme, compiled, extra_memory_bytes(graph, scheme), image)
 
 
 def resolve_scheme(spec: str, model: Graph, bits: int | None) -> UpdateScheme:
@@ -117,6 +129,14 @@ def prepare_out(out: Path) -> Path:
             return out
     except OSError as e:
         raise UsageError(f"--out {out}: cannot be written ({e.strerror}); give a folder that can") from None
+
+
+def write_picture(path: Path, svg: str) -> None:
+    """Writes an SVG. UsageError where that fails."""
+    try:
+        path.write_text(svg)
+    except OSError as e:
+        raise UsageError(f"--picture {path}: cannot be written ({e.strerror}); give another file") from None
 
 
 def summary(graph: Graph) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from trainlet.build import cache_dir, compiler_version, find_compiler
 from trainlet.device import Firmware
 from trainlet.errors import ToolMissingError
+from trainlet.thumb import instruction_bytes
 
 _FLAGS = ("-std=c99", "-O2", "-shared", "-fPIC")
 
@@ -42,6 +43,9 @@ class InstructionCounter(Protocol):
     def blocks(self) -> dict[int, int]:
         """Instructions by address of basic block, since the emulator was made."""
 
+    def executions(self) -> NDArray[np.int64]:
+        """How often each halfword of flash was executed since the emulator was made; flash in use, from its base."""
+
 
 class _Struct(ctypes.Structure):
     """tl_counter of csrc/emulator/count.c."""
@@ -56,6 +60,7 @@ class _Struct(ctypes.Structure):
         ("instructions", ctypes.c_void_p),
         ("by_block", ctypes.c_void_p),
         ("by_call", ctypes.c_void_p),
+        ("change", ctypes.c_void_p),
         ("current", ctypes.c_uint64),
         ("total", ctypes.c_uint64),
         ("read", ctypes.c_void_p),
@@ -96,6 +101,7 @@ class CCounter:
         self._base = firmware.target.flash_base
         self._by_block: NDArray[np.uint64] = np.zeros(halfwords, np.uint64)
         self._by_call: NDArray[np.uint64] = np.zeros((end - self._model) // 2 + 1, np.uint64)
+        self._change: NDArray[np.int64] = np.zeros(halfwords, np.int64)
         self._struct = _Struct(
             firmware.target.flash_base,
             self._model,
@@ -106,6 +112,7 @@ class CCounter:
             self._tables[1].ctypes.data,
             self._by_block.ctypes.data,
             self._by_call.ctypes.data,
+            self._change.ctypes.data,
             0,
             0,
             ctypes.cast(uclib.uc_mem_read, ctypes.c_void_p).value,
@@ -141,6 +148,9 @@ class CCounter:
     def blocks(self) -> dict[int, int]:
         return {self._base + 2 * int(i): int(self._by_block[i]) for i in np.flatnonzero(self._by_block)}
 
+    def executions(self) -> NDArray[np.int64]:
+        return np.cumsum(self._change)
+
 
 class PythonCounter:
     """The same in Python."""
@@ -154,6 +164,8 @@ class PythonCounter:
         self._sizes: dict[tuple[int, int], int] = {}
         self._calls: Counter[int] = Counter()
         self._blocks: Counter[int] = Counter()
+        self._base, self._halfwords = firmware.target.flash_base, firmware.flash_bytes // 2 + 1
+        self._runs: Counter[tuple[int, int]] = Counter()
         self._current = 0
         uc.hook_add(unicorn.UC_HOOK_BLOCK, self._block)
 
@@ -165,6 +177,7 @@ class PythonCounter:
             self._current = address + size - 2 if address < self._end else 0
         self._calls[self._current] += self._sizes[key]
         self._blocks[address] += self._sizes[key]
+        self._runs[key] += 1
 
     def start(self) -> None:
         self._current = 0
@@ -181,12 +194,19 @@ class PythonCounter:
     def blocks(self) -> dict[int, int]:
         return dict(self._blocks)
 
+    def executions(self) -> NDArray[np.int64]:
+        found: NDArray[np.int64] = np.zeros(self._halfwords, np.int64)
+        for (address, size), count in self._runs.items():
+            at = (address - self._base) // 2
+            found[at : at + size // 2] += count
+        return found
+
 
 def _instructions(code: bytes) -> int:
-    """Thumb instructions in ``code``: one of 4 bytes begins with 0b11101, 0b11110 or 0b11111."""
+    """Thumb instructions in ``code``."""
     at = count = 0
     while at < len(code):
-        at += 4 if code[at + 1] >= 0xE8 else 2
+        at += instruction_bytes(code, at)
         count += 1
     return count
 

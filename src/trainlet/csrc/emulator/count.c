@@ -14,6 +14,7 @@ typedef struct {
     uint16_t *bytes, *instructions;  /* by block: size when it was last counted, and what was counted */
     uint64_t *by_block;              /* instructions executed in each block */
     uint64_t *by_call;               /* by halfword of the emitted functions, from 1 on; 0: elsewhere */
+    int64_t *change;                 /* by halfword: how much oftener it is executed than the one before it */
     uint64_t current, total;
     read_memory read;
 } tl_counter;
@@ -40,6 +41,8 @@ void tl_count_block(void *emulator, uint64_t address, uint32_t size, tl_counter 
     if (address >= c->model && address < c->runtime_end)
         c->current = address < c->model_end ? 1 + ((address + size - 2 - c->model) >> 1) : 0;
     c->by_block[i] += c->instructions[i];
+    c->change[i]++;
+    if (i + size / 2 < c->blocks) c->change[i + size / 2]--;
     c->by_call[c->current] += c->instructions[i];
     c->total += c->instructions[i];
 }

@@ -6,17 +6,10 @@
 
 #include "@NAME@.h"
 #include "expected.h"
+#include "synthetic.h"
 
 static uint32_t arena[(@UPPER@_ARENA_BYTES + 3) / 4];
 static uint32_t state[(@UPPER@_STATE_BYTES + 3) / 4];
-
-/* Row y of synthetic image t. */
-static void synthetic_row(int t, int y, int8_t *row)
-{
-    for (int x = 0; x < @UPPER@_WIDTH; x++)
-        for (int c = 0; c < @UPPER@_CHANNELS; c++)
-            row[x * @UPPER@_CHANNELS + c] = (int8_t)((7 * y + 13 * x + 29 * c + 31 * t + y * x * t / 64) % 256 - 128);
-}
 
 int main(void)
 {

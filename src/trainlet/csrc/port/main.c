@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* @NAME@ behind a mailbox: whoever controls the chip (an emulator, a debugger) writes a command and its arguments into
  * tl_port_mailbox while the program stands in tl_port_wait, lets it run, and reads the answer when it stands there
- * again. Nothing but SRAM is used: no UART, no semihosting. */
+ * again. Nothing but SRAM is used: no UART, no semihosting. With TL_PORT_INFERENCE it refuses to train, and the linker
+ * leaves out what that needs. */
 #include "@NAME@.h"
 
 enum { INIT = 1, RESET, BEGIN, FEED_ROW, FINISH, TRAIN, PREFIX, INFER_REST, TRAIN_REST };
@@ -36,8 +37,6 @@ static tl_status serve(void)
 {
     @NAME@_context *const c = &tl_port_context;
     const tl_model *const m = @NAME@_model();
-    const int32_t label = tl_port_mailbox.label;
-    const float lr = tl_port_mailbox.lr;
     const float *logits = NULL;
     tl_step_info info = {0, 0, 0};
     tl_status status = TL_BAD_ARGUMENT;
@@ -54,13 +53,15 @@ static tl_status serve(void)
     case BEGIN: status = @NAME@_begin(c); break;
     case FEED_ROW: status = @NAME@_feed_row(c, tl_port_row); break;
     case FINISH: status = @NAME@_finish(c, &logits); break;
-    case TRAIN: status = @NAME@_finish_train(c, label, lr, &info); break;
+#ifndef TL_PORT_INFERENCE
+    case TRAIN: status = @NAME@_finish_train(c, tl_port_mailbox.label, tl_port_mailbox.lr, &info); break;
+    case TRAIN_REST: status = tl_model_train_rest(m, &c->base, tl_port_mailbox.label, tl_port_mailbox.lr, &info); break;
+#endif
     case PREFIX: status = tl_model_prefix(m, &c->base); break;
     case INFER_REST:
         tl_model_infer_rest(m, &c->base, &logits);
         status = TL_OK;
         break;
-    case TRAIN_REST: status = tl_model_train_rest(m, &c->base, label, lr, &info); break;
     default: break;
     }
     tl_port_mailbox.info.loss = info.loss;

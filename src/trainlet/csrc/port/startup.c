@@ -13,8 +13,34 @@ void Reset_Handler(void);
 void tl_port_start(void);
 void tl_port_fault(void);
 
+#ifdef TL_PORT_REGIONS
+#define REGISTER(address) (*(volatile uint32_t *)(address))
+
+static const uint32_t regions[][2] = {TL_PORT_REGIONS};
+
+/* For a core with more memory around it than the program may use: base address and attributes of each region that it
+ * may, by the memory protection unit of Armv7-M. What lies in none of them faults. A core that stands for one of
+ * Armv6-M also refuses unaligned accesses, as that one does. */
+static void protect(void)
+{
+    for (uint32_t i = 0; i < sizeof regions / sizeof regions[0]; i++) {
+        REGISTER(0xe000ed98u) = i;
+        REGISTER(0xe000ed9cu) = regions[i][0];
+        REGISTER(0xe000eda0u) = regions[i][1];
+    }
+#ifndef __ARM_FEATURE_UNALIGNED
+    REGISTER(0xe000ed14u) |= 1u << 3;
+#endif
+    REGISTER(0xe000ed94u) = 1;
+    __asm__ volatile("dsb\nisb" ::: "memory");
+}
+#endif
+
 __attribute__((used, noreturn)) void tl_port_start(void)
 {
+#ifdef TL_PORT_REGIONS
+    protect();
+#endif
     const uint32_t *from = tl_port_data_load;
     for (uint32_t *to = tl_port_data; to < tl_port_data_end;) *to++ = *from++;
     for (uint32_t *to = tl_port_bss; to < tl_port_bss_end;) *to++ = 0;
