@@ -9,19 +9,22 @@ PYTEST_ARGS ?=
 DEMO_OUT ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean tools
+.PHONY: help demo demo-mcunet test lint clean tools
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: tools $(VENV)/.run.stamp ## train a published int8 model on real images, in generated C
+demo: tools $(VENV)/.run.stamp ## a shipped model learns to see with another camera, on an emulated chip; needs no file
+	$(BIN)/trainlet demo --seed 0 --overwrite --out $(DEMO_OUT)
+
+demo-mcunet: tools $(VENV)/.run.stamp ## train a published int8 model on real images, in generated C
 	@if [ -z "$$TRAINLET_ASSETS" ]; then \
-		echo "make demo: no model and no images: pass the folder that holds models/mcunet-5fps.pkl and data/sign_digits," >&2; \
-		echo "           make demo TRAINLET_ASSETS=/path/to/assets" >&2; \
+		echo "make demo-mcunet: no model and no images: pass the folder that holds models/mcunet-5fps.pkl and" >&2; \
+		echo "                  data/sign_digits, make demo-mcunet TRAINLET_ASSETS=/path/to/assets" >&2; \
 		exit 2; \
 	fi
 	$(BIN)/trainlet train --model "$$TRAINLET_ASSETS/models/mcunet-5fps.pkl" --data "$$TRAINLET_ASSETS/data/sign_digits" \
-		--scheme 99kb --epochs 4 --seed 0 --overwrite --out $(DEMO_OUT)
+		--scheme 99kb --epochs 4 --seed 0 --overwrite --out $(DEMO_OUT)-mcunet
 
 test: tools $(VENV)/.dev.stamp ## all tests; PYTEST_ARGS="-k exact" narrows them
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
@@ -41,7 +44,7 @@ $(VENV)/bin/python: | tools
 	python3 -m venv $(VENV)
 
 $(VENV)/.run.stamp: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[data]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[data,m7]'
 	@touch $@
 
 $(VENV)/.dev.stamp: pyproject.toml | $(VENV)/bin/python

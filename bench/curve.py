@@ -14,10 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SCHEMES = {"99kb": "#0b6e4f", "head": "#b04a00"}
+from trainlet.picture import Curve, accuracy_svg
+
+COLORS = {"99kb": "#0b6e4f", "head": "#b04a00"}
 LABELS = {"99kb": "sparse update, 99kb scheme", "head": "head only"}
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 640, 300, 56, 16, 190, 44
-LOW, HIGH = 0.5, 1.0
+LOW = 0.5
 
 
 def train(scheme: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -36,37 +37,10 @@ def train(scheme: str, args: argparse.Namespace) -> dict[str, Any]:
     return {"curve": curve, **{k: final[k] for k in keep}}
 
 
-def place(epoch: int, accuracy: float, epochs: int) -> tuple[float, float]:
-    """Picture coordinates of a point."""
-    x = LEFT + (WIDTH - LEFT - RIGHT) * (epoch - 1) / max(epochs - 1, 1)
-    y = TOP + (HEIGHT - TOP - BOTTOM) * (HIGH - max(accuracy, LOW)) / (HIGH - LOW)
-    return round(x, 1), round(y, 1)
-
-
 def picture(results: dict[str, dict[str, Any]], epochs: int) -> str:
     """The SVG."""
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif"'
-        ' font-size="12">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-    ]
-    for percent in range(50, 101, 10):
-        x0, y = place(1, percent / 100, epochs)
-        parts.append(f'<line x1="{x0}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}" stroke="#ddd"/>')
-        parts.append(f'<text x="{x0 - 8}" y="{y + 4}" text-anchor="end" fill="#555">{percent} %</text>')
-    for epoch in range(1, epochs + 1):
-        x, y = place(epoch, LOW, epochs)
-        parts.append(f'<text x="{x}" y="{y + 18}" text-anchor="middle" fill="#555">{epoch}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle" fill="#555">epoch</text>')
-    for scheme, run in results.items():
-        points = [place(i + 1, a, epochs) for i, a in enumerate(run["curve"])]
-        path = " ".join(f"{x},{y}" for x, y in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{SCHEMES[scheme]}" stroke-width="2.5"/>')
-        x, y = points[-1]
-        label = f"{100 * run['curve'][-1]:.1f} %  {LABELS[scheme]}"
-        parts.append(f'<text x="{x + 8}" y="{y + 4}" fill="{SCHEMES[scheme]}">{label}</text>')
-    return "\n".join([*parts, "</svg>\n"])
+    curves = [Curve(LABELS[k], COLORS[k], list(enumerate(r["curve"], 1))) for k, r in results.items()]
+    return accuracy_svg(curves, "epoch", range(1, epochs + 1), LOW)
 
 
 def main() -> None:
@@ -78,7 +52,7 @@ def main() -> None:
     p.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "curve.json")
     p.add_argument("--picture", type=Path, default=Path(__file__).parent.parent / "docs" / "sign_digits.svg")
     args = p.parse_args()
-    results = {scheme: train(scheme, args) for scheme in SCHEMES}
+    results = {scheme: train(scheme, args) for scheme in COLORS}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"epochs": args.epochs, "seed": args.seed, "runs": results}, indent=2) + "\n")
     args.picture.write_text(picture(results, args.epochs))
