@@ -6,9 +6,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from trainlet.compiler import Compiled
 
 ASSETS = os.environ.get("TRAINLET_ASSETS", "")
 
@@ -45,6 +49,46 @@ def assets() -> Path:
     path = Path(ASSETS)
     assert path.is_dir(), f"TRAINLET_ASSETS={ASSETS} is no folder"
     return path
+
+
+@pytest.fixture(scope="session")
+def tools() -> str:
+    """Path of the Arm compiler; skips where it or the emulator is missing."""
+    from trainlet.errors import ToolMissingError
+    from trainlet.toolchain import find_arm_gcc
+
+    try:
+        gcc = find_arm_gcc()
+    except ToolMissingError as e:
+        pytest.skip(str(e))
+    pytest.importorskip("unicorn", reason="the emulator is not installed: pip install 'trainlet[m7]'")
+    pytest.importorskip("elftools", reason="pyelftools is not installed: pip install 'trainlet[m7]'")
+    return gcc
+
+
+@pytest.fixture(scope="session")
+def qemu(tools: str) -> str:
+    """Path of QEMU; skips where it, or what ``tools`` looks for, is missing."""
+    from trainlet.errors import ToolMissingError
+    from trainlet.toolchain import find_qemu
+
+    try:
+        return find_qemu()
+    except ToolMissingError as e:
+        pytest.skip(str(e))
+
+
+@pytest.fixture(scope="session")
+def chain() -> Compiled:
+    """The chain of graphs.py: its last two layers train, half of the channels of the last, with 4 fraction bits."""
+    from graphs import int8_chain
+
+    from trainlet.compiler import compile_model
+    from trainlet.frontends import attach_head
+    from trainlet.scheme import UpdateScheme
+
+    weights = {"block.depthwise": 1.0, "block.project": 0.5}
+    return compile_model(attach_head(int8_chain(), 4), UpdateScheme("chain", tuple(weights), weights, 12))
 
 
 @pytest.hookimpl(wrapper=True)

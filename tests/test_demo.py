@@ -20,7 +20,7 @@ from trainlet import demo
 from trainlet.cli import main
 from trainlet.compiler import compile_model
 from trainlet.demo import Demo, compile_demo, load_data, load_model, load_scheme, other_camera
-from trainlet.errors import MismatchError, ToolMissingError, UnsupportedError, UsageError
+from trainlet.errors import MismatchError, UnsupportedError, UsageError
 from trainlet.frontends import attach_head
 from trainlet.ir import Graph, Stage
 from trainlet.picture import Curve, accuracy_svg
@@ -29,22 +29,11 @@ from trainlet.scheme import UpdateScheme
 from trainlet.session.emulator import EmulatorSession
 from trainlet.session.host import HostSession
 from trainlet.targets import TARGETS, with_limits
-from trainlet.toolchain import ARM_GCC_VARIABLE, find_arm_gcc
+from trainlet.toolchain import ARM_GCC_VARIABLE
 from trainlet.train import Silent, evaluate
 
 ASSETS = Path(demo.__file__).parent / "assets"
 SMALL = with_limits(TARGETS["stm32f746"], 64 << 10)
-
-
-@pytest.fixture(scope="module")
-def tools() -> None:
-    """Skips where the Arm compiler or the emulator is missing."""
-    try:
-        find_arm_gcc()
-    except ToolMissingError as e:
-        pytest.skip(str(e))
-    pytest.importorskip("unicorn", reason="the emulator is not installed: pip install 'trainlet[m7]'")
-    pytest.importorskip("elftools", reason="pyelftools is not installed: pip install 'trainlet[m7]'")
 
 
 @pytest.fixture
@@ -131,7 +120,7 @@ def test_the_scheme_trains_weights() -> None:
 # --- the chip ---------------------------------------------------------------------------------------------------
 
 
-def test_reference_host_and_chip_agree_on_the_shipped_model(tools: None) -> None:
+def test_reference_host_and_chip_agree_on_the_shipped_model(tools: str) -> None:
     compiled = compile_demo()
     images = load_data().train
     host, device = HostSession(compiled, seed=5), EmulatorSession(compiled, SMALL, seed=5)
@@ -151,7 +140,7 @@ def test_reference_host_and_chip_agree_on_the_shipped_model(tools: None) -> None
 
 
 def test_the_demo_on_a_chip(
-    tools: None, short: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tools: str, short: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, found = run(capsys, "demo", "--out", tmp_path / "chip", "--seed", 3)
     assert code == 0
@@ -194,7 +183,7 @@ def test_what_is_missing_is_named_with_the_way_around(
 
 
 def test_a_missing_emulator_is_named_too(
-    tools: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tools: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "unicorn", None)
     code, found = run(capsys, "demo", "--out", tmp_path)

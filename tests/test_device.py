@@ -37,25 +37,6 @@ M7 = TARGETS["stm32f746"]
 LR = 0.01
 
 
-@pytest.fixture(scope="module")
-def tools() -> str:
-    """Path of the Arm compiler; skips where it or the emulator is missing."""
-    try:
-        gcc = find_arm_gcc()
-    except ToolMissingError as e:
-        pytest.skip(str(e))
-    pytest.importorskip("unicorn", reason="the emulator is not installed: pip install 'trainlet[m7]'")
-    pytest.importorskip("elftools", reason="pyelftools is not installed: pip install 'trainlet[m7]'")
-    return gcc
-
-
-@pytest.fixture(scope="module")
-def chain() -> Compiled:
-    """The chain of graphs.py: its last two layers train, half of the channels of the last, with 4 fraction bits."""
-    weights = {"block.depthwise": 1.0, "block.project": 0.5}
-    return compile_model(attach_head(int8_chain(), 4), UpdateScheme("chain", tuple(weights), weights, 12))
-
-
 def image(t: int) -> NDArray[np.int8]:
     return synthetic_image((8, 8, 3), t)
 

@@ -19,39 +19,18 @@ from trainlet import measure as measure_module
 from trainlet.cli import main
 from trainlet.cli.plan import plan as plan_command
 from trainlet.cli.prepare import load_model, prepare, resolve_scheme
-from trainlet.compiler import Compiled, compile_inference, compile_model
+from trainlet.compiler import Compiled, compile_inference
 from trainlet.device import Firmware, build_device
-from trainlet.errors import MismatchError, ToolMissingError
+from trainlet.errors import MismatchError
 from trainlet.frontends import attach_head
 from trainlet.measure import Measurement, Program, flash_by_purpose, measure
-from trainlet.scheme import UpdateScheme
 from trainlet.session.emulator import EmulatorSession
 from trainlet.sizes import FLASH_PURPOSES, RAM_PURPOSES, Section, Symbol, code_purpose, constant_purpose, spread
 from trainlet.stack import split_arguments, stack_bound
 from trainlet.targets import TARGETS
-from trainlet.toolchain import find_arm_gcc
 
 M7 = TARGETS["stm32f746"]
 TRAINING = ("tl_conv2d_dw_s8", "tl_conv2d_dx_s8", "tl_bias_sgd_s8", "tl_softmax_xent_f32", "tl_model_train_rest")
-
-
-@pytest.fixture(scope="module")
-def tools() -> str:
-    """The Arm compiler; skips where it or the emulator is missing."""
-    try:
-        gcc = find_arm_gcc()
-    except ToolMissingError as e:
-        pytest.skip(str(e))
-    pytest.importorskip("unicorn", reason="the emulator is not installed: pip install 'trainlet[m7]'")
-    pytest.importorskip("elftools", reason="pyelftools is not installed: pip install 'trainlet[m7]'")
-    return gcc
-
-
-@pytest.fixture(scope="module")
-def chain() -> Compiled:
-    """The last two layers train: all channels of the first, half of those of the other."""
-    weights = {"block.depthwise": 1.0, "block.project": 0.5}
-    return compile_model(attach_head(int8_chain(), 4), UpdateScheme("chain", tuple(weights), weights, 12))
 
 
 @pytest.fixture(scope="module")

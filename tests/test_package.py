@@ -22,7 +22,7 @@ from trainlet.cli import main
 from trainlet.cli.prepare import resolve_scheme
 from trainlet.compiler import Compiled, compile_model
 from trainlet.device import Firmware, read_elf
-from trainlet.errors import OverBudgetError, ToolMissingError, UsageError
+from trainlet.errors import OverBudgetError, UsageError
 from trainlet.frontends import attach_head
 from trainlet.package import STACK_BYTES, link_example, write_package
 from trainlet.targets import TARGETS, find_target, with_limits
@@ -47,17 +47,6 @@ def cmake() -> str:
     if path is None:
         pytest.skip("cmake is missing: pip install cmake")
     return path
-
-
-@pytest.fixture(scope="module")
-def arm() -> None:
-    """Skips where the Arm compiler or the emulator is missing."""
-    try:
-        find_arm_gcc()
-    except ToolMissingError as e:
-        pytest.skip(str(e))
-    pytest.importorskip("unicorn", reason="the emulator is not installed: pip install 'trainlet[m7]'")
-    pytest.importorskip("elftools", reason="pyelftools is not installed: pip install 'trainlet[m7]'")
 
 
 def call(*command: object) -> subprocess.CompletedProcess[str]:
@@ -112,7 +101,7 @@ def run(program: Firmware) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", ["stm32f746", "nrf52832", "rp2040"])
 def test_the_folder_builds_and_runs_on_a_chip(
-    arm: None, cmake: str, folders: Path, chain: Compiled, name: str
+    tools: str, cmake: str, folders: Path, chain: Compiled, name: str
 ) -> None:
     done = make(cmake, folders / name)
     assert done.returncode == 0, done.stdout
@@ -138,7 +127,7 @@ def changed(program: Firmware, address: int) -> Firmware:
 
 
 @pytest.mark.parametrize("name", ["stm32f746", "rp2040"])
-def test_a_changed_weight_is_noticed(arm: None, cmake: str, folders: Path, chain: Compiled, name: str) -> None:
+def test_a_changed_weight_is_noticed(tools: str, cmake: str, folders: Path, chain: Compiled, name: str) -> None:
     make(cmake, folders / name)
     program = firmware(folders / name, chain)
     symbols = chain.sources.symbols
@@ -148,7 +137,7 @@ def test_a_changed_weight_is_noticed(arm: None, cmake: str, folders: Path, chain
         assert run(changed(program, program.symbols[weights].address)) == (DIFFERENT, 0)
 
 
-def test_a_call_that_is_refused_is_noticed(arm: None, cmake: str, folders: Path, chain: Compiled) -> None:
+def test_a_call_that_is_refused_is_noticed(tools: str, cmake: str, folders: Path, chain: Compiled) -> None:
     folder = folders / "stm32f746"
     vectors = folder / "test_vectors" / "expected.h"
     before = vectors.read_text()
@@ -162,7 +151,7 @@ def test_a_call_that_is_refused_is_noticed(arm: None, cmake: str, folders: Path,
         make(cmake, folder)
 
 
-def test_what_does_not_fit_is_said_by_the_linker(arm: None, cmake: str, folders: Path) -> None:
+def test_what_does_not_fit_is_said_by_the_linker(tools: str, cmake: str, folders: Path) -> None:
     folder = folders / "stm32f746"
     script = folder / "port" / "link.ld"
     before = script.read_text()
@@ -183,7 +172,7 @@ def test_a_chip_without_a_compiler_is_said_by_cmake(cmake: str, folders: Path, t
     assert "apt-get install --no-install-recommends gcc-arm-none-eabi" in re.sub(r"\s+", " ", done.stdout)
 
 
-def test_the_stack_of_the_example_is_large_enough(arm: None, chain: Compiled) -> None:
+def test_the_stack_of_the_example_is_large_enough(tools: str, chain: Compiled) -> None:
     for target in TARGETS.values():
         assert link_example(chain, target, stack_bytes=None).stack_bytes < 0.75 * STACK_BYTES
 
@@ -254,7 +243,7 @@ def compile_(
 
 
 def test_compile_for_a_chip_links_it(
-    arm: None, chain: Compiled, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tools: str, chain: Compiled, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, found = compile_(capsys, model, tmp_path, "--target", "stm32f746", "--sram", "64K", "--flash", "128K")
     assert code == 0
@@ -274,7 +263,7 @@ def test_compile_for_a_chip_links_it(
 
 
 def test_compile_refuses_what_does_not_fit(
-    arm: None, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tools: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, found = compile_(capsys, model, tmp_path, "--target", "rp2040", "--sram", "5K")
     assert code == OverBudgetError.exit_code

@@ -18,7 +18,7 @@ from trainlet.build import kernel_sources
 from trainlet.cli import main
 from trainlet.compiler import ALL, Compiled, compile_model
 from trainlet.emit.emitter import comment
-from trainlet.errors import MismatchError, OverBudgetError, ToolMissingError
+from trainlet.errors import MismatchError, OverBudgetError
 from trainlet.frontends import attach_head
 from trainlet.ops import Stream
 from trainlet.plan import feeds
@@ -29,7 +29,6 @@ from trainlet.session.host import HostSession
 from trainlet.session.mailbox import DeviceSession
 from trainlet.session.qemu import QemuSession
 from trainlet.targets import TARGETS
-from trainlet.toolchain import find_arm_gcc, find_qemu
 from trainlet.validate import validate
 
 M7 = TARGETS["stm32f746"]
@@ -42,25 +41,6 @@ PLANTED = {
     "in a stream": ("tl_requant.h", "v[j] = tl_clamp(", "v[j] = 1 ^ tl_clamp(", r"stem: conv2d, row 0"),
     "an update": ("bias.c", "bias[c] = ", "bias[c] = 1 + ", r"block\.project: conv2d_db_sgd"),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tools() -> None:
-    """Skips where compiler or emulators are missing."""
-    try:
-        find_arm_gcc()
-        find_qemu()
-    except ToolMissingError as e:
-        pytest.skip(str(e))
-    pytest.importorskip("unicorn", reason="the emulator is not installed: pip install 'trainlet[m7]'")
-    pytest.importorskip("elftools", reason="pyelftools is not installed: pip install 'trainlet[m7]'")
-
-
-@pytest.fixture(scope="module")
-def chain() -> Compiled:
-    """The chain of graphs.py: its last two layers train, half of the channels of the last, with 4 fraction bits."""
-    weights = {"block.depthwise": 1.0, "block.project": 0.5}
-    return compile_model(attach_head(int8_chain(), 4), UpdateScheme("chain", tuple(weights), weights, 12))
 
 
 @pytest.fixture
@@ -98,7 +78,7 @@ def test_every_node_has_a_call_behind_it(by_rows: bool) -> None:
 
 @pytest.mark.parametrize("make", [EmulatorSession, QemuSession])
 def test_an_honest_device_has_no_first_difference(
-    tools: None, chain: Compiled, make: Callable[..., DeviceSession]
+    qemu: str, chain: Compiled, make: Callable[..., DeviceSession]
 ) -> None:
     assert first_difference(chain, make, M7, SHAPE, 1) == ""
     whole = compile_model(attach_head(int8_chain(), 4), UpdateScheme("head"), replace(ALL, by_rows=False))
@@ -108,25 +88,25 @@ def test_an_honest_device_has_no_first_difference(
 @pytest.mark.parametrize("kind", PLANTED)
 @pytest.mark.parametrize("make", [EmulatorSession, QemuSession])
 def test_the_node_of_a_planted_fault_is_named(
-    tools: None, chain: Compiled, plant: Callable[[str], str], make: Callable[..., DeviceSession], kind: str
+    qemu: str, chain: Compiled, plant: Callable[[str], str], make: Callable[..., DeviceSession], kind: str
 ) -> None:
     assert re.fullmatch(plant(kind), first_difference(chain, make, M7, SHAPE, 0))
 
 
-def test_a_node_without_streams_is_named(tools: None, plant: Callable[[str], str]) -> None:
+def test_a_node_without_streams_is_named(qemu: str, plant: Callable[[str], str]) -> None:
     plain = compile_model(attach_head(int8_chain(), 4), UpdateScheme("full"), replace(ALL, stream=False))
     plant("in a stream")
     assert first_difference(plain, EmulatorSession, M7, SHAPE, 0) == "stem: conv2d"
 
 
-def test_the_message_names_array_and_node(tools: None, chain: Compiled, plant: Callable[[str], str]) -> None:
+def test_the_message_names_array_and_node(qemu: str, chain: Compiled, plant: Callable[[str], str]) -> None:
     node = plant("forward")
     device = EmulatorSession(chain, M7)
     with pytest.raises(MismatchError, match=rf"step 0: .* first in \w+.*whose output differs is {node}$"):
         validate(HostSession(chain), device, SHAPE, 1, lambda t: first_difference(chain, EmulatorSession, M7, SHAPE, t))
 
 
-def test_a_node_that_cannot_be_named_hides_nothing(tools: None, chain: Compiled, plant: Callable[[str], str]) -> None:
+def test_a_node_that_cannot_be_named_hides_nothing(qemu: str, chain: Compiled, plant: Callable[[str], str]) -> None:
     plant("forward")
     device = EmulatorSession(chain, M7)
 
@@ -163,7 +143,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_both_emulators_give_one_report(tools: None, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_emulators_give_one_report(qemu: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["validate", "--model", str(model), "--scheme", "full", "--classes", "5", "--steps", "2"]
     assert main([*args, "--emulator", "both", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -182,7 +162,7 @@ def test_both_emulators_give_one_report(tools: None, model: Path, capsys: pytest
 
 
 def test_the_command_names_the_node(
-    tools: None, model: Path, plant: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+    qemu: str, model: Path, plant: Callable[[str], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     node = plant("an update")
     args = ["validate", "--model", str(model), "--scheme", "full", "--classes", "5", "--emulator", "qemu", "--json"]

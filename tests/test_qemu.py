@@ -11,47 +11,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from graphs import int8_chain
 from numpy.typing import NDArray
 
 from trainlet import device as device_module
 from trainlet.build import kernel_sources
 from trainlet.cli.prepare import load_model, prepare, resolve_scheme
-from trainlet.compiler import Compiled, compile_model
+from trainlet.compiler import Compiled
 from trainlet.errors import DeviceError, ToolMissingError, UsageError
-from trainlet.frontends import attach_head
 from trainlet.package import synthetic_image
-from trainlet.scheme import UpdateScheme
 from trainlet.session import gdb
 from trainlet.session.emulator import EmulatorSession
 from trainlet.session.gdb import Remote
 from trainlet.session.host import HostSession
 from trainlet.session.qemu import BOARDS, QemuMachine, QemuSession, Region, board_target, protection, regions
 from trainlet.targets import TARGETS, with_limits
-from trainlet.toolchain import find_arm_gcc, find_qemu
+from trainlet.toolchain import find_qemu
 from trainlet.validate import validate
 
 M7 = TARGETS["stm32f746"]
 LR = 0.01
-
-
-@pytest.fixture(scope="module")
-def qemu() -> str:
-    """Path of QEMU; skips where it or what builds for it is missing."""
-    try:
-        find_arm_gcc()
-        path = find_qemu()
-    except ToolMissingError as e:
-        pytest.skip(str(e))
-    pytest.importorskip("elftools", reason="pyelftools is not installed: pip install 'trainlet[m7]'")
-    return path
-
-
-@pytest.fixture(scope="module")
-def chain() -> Compiled:
-    """The chain of graphs.py: its last two layers train, half of the channels of the last, with 4 fraction bits."""
-    weights = {"block.depthwise": 1.0, "block.project": 0.5}
-    return compile_model(attach_head(int8_chain(), 4), UpdateScheme("chain", tuple(weights), weights, 12))
 
 
 def image(t: int) -> NDArray[np.int8]:
@@ -63,7 +41,6 @@ def image(t: int) -> NDArray[np.int8]:
 
 @pytest.mark.parametrize("target", ["stm32f746", "nrf52840", "rp2040"])
 def test_host_and_board_agree_to_the_byte(qemu: str, chain: Compiled, target: str) -> None:
-    pytest.importorskip("unicorn", reason="the emulator is not installed: pip install 'trainlet[m7]'")
     board, host = QemuSession(chain, TARGETS[target], seed=3), HostSession(chain, seed=3)
     other = EmulatorSession(chain, TARGETS[target], seed=3)
     for t in range(2):
