@@ -53,15 +53,34 @@ class Compiled:
         return self.layout.nbytes
 
 
-def compile_model(graph: Graph, scheme: UpdateScheme, passes: Passes = ALL) -> Compiled:
-    """Compiles a model with a head (``frontends.attach_head``) and a scheme for it. Raises UnsupportedError naming the
-    layer where it cannot be trained."""
+@dataclass(frozen=True)
+class Planned:
+    """A model on the way to C, up to its memory: what of ``Compiled`` needs no code to be written."""
+
+    train: Graph
+    graph: Graph
+    plan: MemoryPlan
+    layout: StateLayout
+
+
+def lower(graph: Graph, scheme: UpdateScheme, passes: Passes = ALL) -> tuple[Graph, Graph]:
+    """(the training step as differentiated, the same as kernels in an order); no memory has a place yet. Raises
+    UnsupportedError naming the layer where it cannot be trained."""
     verify_graph(graph)
     train = differentiate(graph, scheme)
     lowered = fuse(train) if passes.fuse else train.with_nodes(train.nodes, stage=Stage.LOWERED)
-    if passes.reorder:
-        lowered = reorder(lowered, overwrites=passes.inplace)
-    return _finish(train, lowered, scheme, passes)
+    return train, reorder(lowered, overwrites=passes.inplace) if passes.reorder else lowered
+
+
+def plan_model(graph: Graph, scheme: UpdateScheme, passes: Passes = ALL) -> Planned:
+    """What ``compile_model`` does before it writes C, in a third of the time."""
+    return _plan(*lower(graph, scheme, passes), passes)
+
+
+def compile_model(graph: Graph, scheme: UpdateScheme, passes: Passes = ALL) -> Compiled:
+    """Compiles a model with a head (``frontends.attach_head``) and a scheme for it. Raises UnsupportedError naming the
+    layer where it cannot be trained."""
+    return _finish(plan_model(graph, scheme, passes), scheme)
 
 
 def compile_inference(graph: Graph, passes: Passes = ALL) -> Compiled:
@@ -70,16 +89,20 @@ def compile_inference(graph: Graph, passes: Passes = ALL) -> Compiled:
     verify_graph(graph)
     lowered = replace(graph, stage=Stage.LOWERED)
     verify_graph(lowered)
-    return _finish(graph, lowered, UpdateScheme("inference"), passes)
+    return _finish(_plan(graph, lowered, passes), UpdateScheme("inference"))
 
 
-def _finish(train: Graph, lowered: Graph, scheme: UpdateScheme, passes: Passes) -> Compiled:
+def _plan(train: Graph, lowered: Graph, passes: Passes) -> Planned:
     if passes.inplace:
         lowered = inplace(lowered)
     if passes.stream:
         lowered = stream(lowered, passes.by_rows)
     plan = make_plan(lowered)
     verify_plan(lowered, plan)
-    layout = state_layout(lowered)
-    model_hash = graph_hash(train)
-    return Compiled(train, lowered, scheme, plan, layout, emit(lowered, plan, layout, model_hash), model_hash)
+    return Planned(train, lowered, plan, state_layout(lowered))
+
+
+def _finish(p: Planned, scheme: UpdateScheme) -> Compiled:
+    model_hash = graph_hash(p.train)
+    sources = emit(p.graph, p.plan, p.layout, model_hash)
+    return Compiled(p.train, p.graph, scheme, p.plan, p.layout, sources, model_hash)

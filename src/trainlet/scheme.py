@@ -193,6 +193,11 @@ def extra_memory_bytes(graph: Graph, scheme: UpdateScheme) -> int:
     A 1-bit mask for each output element of the first trained convolution and all behind it, 32 bits for each trained
     bias, ``bits`` for each trained weight, 8 bits for each kept input element, and the head's input. It leaves out
     forward activations, gradients and scratch: what a compiled plan needs is more."""
+    return (extra_memory_bits(graph, scheme) + 7) // 8
+
+
+def extra_memory_bits(graph: Graph, scheme: UpdateScheme) -> int:
+    """``extra_memory_bytes`` in bits: a sum over layers, each of which counts by itself."""
     scheme = check_scheme(scheme, graph)
     bits = 8 * graph.values[feature_pool(graph).outputs[0]].size
     reached: set[str] = set()  # values behind a trained layer: gradients flow through what makes them
@@ -204,7 +209,7 @@ def extra_memory_bytes(graph: Graph, scheme: UpdateScheme) -> int:
         reached.update(node.outputs)
         if conv:
             bits += _layer_bits(graph, node, scheme)
-    return (bits + 7) // 8
+    return bits
 
 
 def _layer_bits(graph: Graph, node: Node, scheme: UpdateScheme) -> int:

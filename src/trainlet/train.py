@@ -188,12 +188,19 @@ class Evaluation:
     images: tuple[int, ...]
 
 
+class Feed(Protocol):
+    """Infers the images of one split, from wherever it has them."""
+
+    def logits(self, index: int) -> NDArray[np.float32]:
+        """Of image ``index`` of the split."""
+
+
 def evaluate(
     session: Session,
     split: Split,
     progress: Progress | None = None,
     *,
-    feed: _Feed | None = None,
+    feed: Feed | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Runs ``split`` through ``session``; equal logits go to the lower class. ``check`` is called before each image and

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from trainlet.cli import demo, device, plan  # noqa: F401  they register their commands
+from trainlet.cli import demo, device, plan, select  # noqa: F401  they register their commands
 from trainlet.cli.commands import StoppedError, app
 from trainlet.cli.output import Report
 from trainlet.errors import TrainletError, UsageError

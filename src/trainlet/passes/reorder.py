@@ -40,9 +40,16 @@ def reorder(graph: Graph, *, overwrites: bool = True) -> Graph:
 
 
 def order_bound(graph: Graph, *, overwrites: bool = True) -> int:
-    """Bytes that every order needs, by what has to exist while a node runs: all that it must come behind has made, and
-    that it, or what must come behind it, still reads."""
-    return max((bound for s in _problems(graph, overwrites) for bound in s.bounds()), default=0)
+    """Bytes that every order needs: the largest of ``node_bounds``."""
+    return max(node_bounds(graph, overwrites=overwrites).values(), default=0)
+
+
+def node_bounds(graph: Graph, *, overwrites: bool = True) -> dict[str, int]:
+    """By node the bytes that exist while it runs in every order: all that what it must come behind has made, and that
+    it, or what must come behind it, still reads."""
+    return {
+        n.name: bound for s in _problems(graph, overwrites) for n, bound in zip(s.nodes, s.bounds(), strict=True)
+    }
 
 
 def _problems(graph: Graph, overwrites: bool) -> list[_Section]:

@@ -85,7 +85,8 @@ tl_status tl_model_feed_row(const tl_model *m, tl_context *c, const int8_t *row)
 tl_status tl_model_finish(const tl_model *m, tl_context *c, const float **logits);
 /* A step of SGD. TL_BAD_ARGUMENT (label), TL_BAD_LR, TL_NOT_FINITE: nothing has changed. info may be NULL. */
 tl_status tl_model_finish_train(const tl_model *m, tl_context *c, int32_t label, float lr, tl_step_info *info);
-/* The two halves of the finish calls, for callers that keep what the frozen prefix computed. */
+/* The two halves of the finish calls, for callers that keep what the frozen prefix computed. The second half writes over
+ * it: put it back before each call. */
 tl_status tl_model_prefix(const tl_model *m, tl_context *c);
 void tl_model_infer_rest(const tl_model *m, tl_context *c, const float **logits);
 tl_status tl_model_train_rest(const tl_model *m, tl_context *c, int32_t label, float lr, tl_step_info *info);

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``trainlet select``: finds out what to train under a limit of memory, and shows what that is worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trainlet.cli.commands import Data, Json, Model, command
+from trainlet.cli.output import Report, RichProgress, Table, grouped, size
+from trainlet.errors import OverBudgetError, UsageError
+
+if TYPE_CHECKING:
+    from trainlet.ir import Graph
+    from trainlet.scheme import UpdateScheme
+    from trainlet.select.analyze import Effort
+    from trainlet.select.choose import Chosen
+    from trainlet.select.limits import PlannedLimit
+    from trainlet.select.report import Point
+    from trainlet.targets import Target
+
+
+@command("select")
+def select(
+    model: Model,
+    data: Data,
+    sram: Annotated[str, typer.Option(help="All the memory that training may take on the chip, such as 128K.")],
+    out: Annotated[Path, typer.Option(help="Folder for the scheme, the report and finished runs; go on in the same.")],
+    target: Annotated[str, typer.Option(help="The chip; `trainlet targets` lists them.")] = "stm32f746",
+    method: Annotated[
+        str, typer.Option(help="exact, evolution or freeze; last, bias or published for comparison.")
+    ] = "exact",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer images, runs and layers.")] = False,
+    bits: Annotated[str, typer.Option(help="Width of a trained weight: 8, 12, 16, or several such as 8,16.")] = "8",
+    max_drop: Annotated[
+        float | None, typer.Option(help="With freeze: go on freezing while the loss rises by no more than this.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each.")] = 2,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler, to run on its workers.")] = None,
+    seed: Annotated[int, typer.Option(help="The first one of runs, and of evolution.")] = 0,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate of all runs. [default: 0.1/256; the head alone 1/256]")
+    ] = None,
+    resize: Annotated[str, typer.Option(help="crop (shorter side, then the center) or squeeze.")] = "crop",
+    no_measure: Annotated[
+        bool, typer.Option("--no-measure", help="Count arena and state alone: needs no compiler for the chip.")
+    ] = False,
+    json: Json = False,
+) -> Report:
+    """Choose what to train under a limit of memory, from short training runs."""
+    import time
+
+    from trainlet.cli.prepare import load_model, prepare_out
+    from trainlet.select.analyze import QUICK, STANDARD, Runner
+    from trainlet.select.choose import choose, compare, final_scheme, find_selector, long_rivals, short_rivals
+    from trainlet.select.jobs import FILE, Clock, JobStore, open_executor
+    from trainlet.select.limits import PlannedLimit
+    from trainlet.select.runs import open_study
+    from trainlet.targets import find_target, parse_size, with_limits
+    from trainlet.train import TrainConfig
+
+    began = time.perf_counter()
+    widths, selector = _widths(bits), find_selector(method, max_drop)
+    if not 0 <= seed < 1 << 31:
+        raise UsageError(f"--seed {seed}: give a whole number from 0 to {(1 << 31) - 1}")
+    if lr is not None:
+        TrainConfig(1, lr)  # refuses what is no rate
+    chip = with_limits(find_target(target), parse_size(sram))
+    graph = load_model(model)
+    effort = QUICK if quick else STANDARD
+    progress = RichProgress()
+    with JobStore(prepare_out(out) / FILE) as store:
+        study = open_study(graph, data, resize, out / "cache")
+
+        def limited(most: int) -> PlannedLimit:
+            return PlannedLimit(study.graph, None if no_measure else chip, most)
+
+        limit = limited(chip.sram_bytes)
+        executor = open_executor(jobs, scheduler)
+        try:
+            runner = Runner(study, store, executor, progress, Clock(executor.workers), lr)
+            chosen = choose(runner, effort, widths, limit, selector, seed)
+            scheme = final_scheme(chosen)
+            measured = {} if no_measure else _measured(study.graph, scheme, chip)
+            rivals = short_rivals(chosen, limit) if quick else long_rivals(chosen, limit, limited)
+            points = compare(runner, effort, rivals, limit, chosen.contributions.layers, seed)
+        finally:
+            executor.close()
+        found = {
+            "model": graph.name,
+            "data": str(data),
+            "target": chip.name,
+            "limit_bytes": chip.sram_bytes,
+            "effort": effort.name,
+            "jobs": len(store),
+            "seconds": round(time.perf_counter() - began, 1),
+            **measured,
+        }
+    return _report(out, scheme, chosen, points, found, effort)
+
+
+def _widths(text: str) -> list[int]:
+    """The bits of ``--bits``, each once."""
+    from trainlet.scheme import FRACTION_BITS
+
+    words = [w.strip() for w in text.split(",")]
+    known = {str(b): b for b in FRACTION_BITS}
+    wrong = next((w for w in words if w not in known), None)
+    if wrong is not None:
+        raise UsageError(f"--bits {text!r}: {wrong!r} is no width; give {', '.join(known)}, or several with a comma")
+    return list(dict.fromkeys(known[w] for w in words))
+
+
+def _measured(graph: Graph, scheme: UpdateScheme, chip: Target) -> dict[str, Any]:
+    """What the linked program takes on the emulated chip. OverBudgetError where that is above the limit."""
+    from trainlet.compiler import compile_inference, compile_model
+    from trainlet.measure import measure
+
+    program = measure(compile_model(graph, scheme), compile_inference(graph), chip).train
+    if program.ram_bytes > chip.sram_bytes:
+        raise OverBudgetError(
+            f"{graph.name}, the selected scheme: {program.ram_bytes} bytes of SRAM were measured, and the limit is "
+            f"{chip.sram_bytes}; give a smaller --sram, and report this, the plan should have known"
+        )
+    return {
+        "ram_bytes": program.ram_bytes,
+        "flash_bytes": program.flash_bytes,
+        "instructions_per_step": program.work.instructions,
+    }
+
+
+def _report(
+    out: Path, scheme: UpdateScheme, chosen: Chosen, points: list[Point], found: dict[str, Any], effort: Effort
+) -> Report:
+    """Writes the files, and says what is in them."""
+    from trainlet.select.report import selection_json, write_report
+
+    selection = {**selection_json(chosen.selection, chosen.steps), "noise": chosen.contributions.noise}
+    files = write_report(out, scheme, chosen.analyses, selection, points, found)
+    losses = {p.scheme: p.loss for p in points}
+    biases = [p.loss for p in points if p.series == "biases" and p.ram_bytes <= found["limit_bytes"]]
+    summary = {
+        "held_out_loss": losses["selected"] if "selected" in losses else points[0].loss,
+        "head_only_loss": next((p.loss for p in points if p.series == "head"), None),
+        "bias_only_loss": min((v for v in biases if v is not None), default=None),
+    }
+    rows = [
+        (p.scheme, p.series, size(p.ram_bytes), _number(p.loss), _number(p.accuracy), p.problem)
+        for p in sorted(points, key=lambda p: p.ram_bytes)
+    ]
+    chosen_rows = [("biases", f"of the last {selection['depth']} layers")]
+    chosen_rows += [(layer, f"{ratio:g} of its input channels") for layer, ratio in selection["weights"].items()]
+    memory = [(k, grouped(found[k])) for k in ("ram_bytes", "limit_bytes") if k in found]
+    images = f"{effort.final.epochs} epochs over up to {effort.final.images} images"
+    tables = [
+        Table(f"{found['model']}: what trains, {selection['bits']} bits", (), chosen_rows, False),
+        Table("measured on the emulated chip" if "ram_bytes" in found else "limit", (), memory),
+        Table(f"trained the same way, {images}", ("scheme", "", "SRAM, planned", "loss", "accuracy", ""), rows),
+    ]
+    lines = [f"scheme: {files['scheme']}", f"report: {files['report']}"]
+    data = {**found, **summary, **selection, "search": None, **files}
+    del data["search"]
+    return Report({**data, "points": [{"scheme": p.scheme, "loss": p.loss} for p in points]}, tables, lines)
+
+
+def _number(v: float | None) -> str:
+    return "" if v is None else f"{v:.4f}"

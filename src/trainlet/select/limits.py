@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Limits: the analytic "extra memory", which is a sum over layers, and the RAM of the compiled plan on a chip."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Final
+
+from trainlet.autodiff import differentiate
+from trainlet.compiler import ALL, Passes, compile_model, lower, plan_model
+from trainlet.device import Firmware, build_device
+from trainlet.errors import OverBudgetError, UnsupportedError, UsageError
+from trainlet.ir import Graph
+from trainlet.layout import HEADER_BYTES
+from trainlet.passes.reorder import node_bounds
+from trainlet.plan import largest_alive
+from trainlet.scheme import UpdateScheme, check_scheme, extra_memory_bits, extra_memory_bytes, trainable_layers
+from trainlet.select.cuts import Cut, Option
+from trainlet.select.problem import Choice
+from trainlet.targets import MIB, Pool, Target
+
+_NAME: Final = "selected"
+_ROOM: Final = 16 * MIB
+"""Programs are linked into this much, so that what does not fit has a size too."""
+
+_Key = tuple[int, int, tuple[Option, ...]]
+
+
+def _key(choice: Choice) -> _Key:
+    """What is the same for equal programs; bits are those of trained weights."""
+    return choice.depth, choice.bits if choice.weights else 8, tuple(sorted(choice.weights.items()))
+
+
+def _positive(most: int) -> int:
+    if most <= 0:
+        raise UsageError(f"a limit of {most} bytes: give at least 1")
+    return most
+
+
+class _Model:
+    """What limits know about the model: ``graph`` has its head."""
+
+    def __init__(self, graph: Graph, most: int) -> None:
+        self.graph = graph
+        self.layers = tuple(trainable_layers(graph))
+        self.revision = 0
+        self._most = _positive(most)
+        self._selectable: dict[Option, bool] = {}
+
+    @property
+    def most(self) -> int:
+        """Bytes that there are."""
+        return self._most
+
+    @cached_property
+    def deepest(self) -> int:
+        """How many last layers can train: all up to the first operator without a gradient."""
+        return next(d for d in range(len(self.layers), -1, -1) if self._trains(d))
+
+    def _trains(self, depth: int) -> bool:
+        try:
+            differentiate(self.graph, self.scheme(depth, {}, 8))
+        except UnsupportedError:
+            return False
+        return True
+
+    def scheme(self, depth: int, weights: dict[str, float], bits: int) -> UpdateScheme:
+        """The biases of the last ``depth`` layers and these weights."""
+        return Choice(depth, weights, bits).scheme(self.layers, _NAME)
+
+    def selectable(self, layer: str, ratio: float) -> bool:
+        """Whether the ratio is at least one input channel of the layer."""
+        option = (layer, ratio)
+        if option not in self._selectable:
+            self._selectable[option] = self._check(layer, ratio)
+        return self._selectable[option]
+
+    def _check(self, layer: str, ratio: float) -> bool:
+        try:
+            check_scheme(UpdateScheme(_NAME, (), {layer: ratio}), self.graph)
+        except UsageError:
+            if layer not in self.layers:
+                raise
+            return False
+        return True
+
+
+# --- the formula ------------------------------------------------------------------------------------------------
+
+
+class AnalyticLimit(_Model):
+    """Extra memory (``scheme.extra_memory_bytes``) of at most ``most`` bytes. Exact integers, and a sum: of
+    ``depth_bits`` and the ``option_bits`` of all weights that train."""
+
+    def __init__(self, graph: Graph, most: int) -> None:
+        super().__init__(graph, most)
+        self._bits: dict[tuple[int, int, Option | None], int] = {}
+
+    def depth_bits(self, depth: int) -> int:
+        """Bits of extra memory where the biases of the last ``depth`` layers train, and the head."""
+        return self._extra(depth, 8, None)
+
+    def option_bits(self, layer: str, ratio: float, bits: int) -> int:
+        """Bits that the weights of a layer add, whatever else trains behind the outermost bias."""
+        whole = len(self.layers)
+        return self._extra(whole, bits, (layer, ratio)) - self._extra(whole, bits, None)
+
+    def _extra(self, depth: int, bits: int, option: Option | None) -> int:
+        key = (depth, bits, option)
+        if key not in self._bits:
+            weights = dict([option]) if option else {}
+            self._bits[key] = extra_memory_bits(self.graph, self.scheme(depth, weights, bits))
+        return self._bits[key]
+
+    def cost(self, choice: Choice) -> int:
+        """Bytes of extra memory."""
+        return extra_memory_bytes(self.graph, choice.scheme(self.layers, _NAME))
+
+    def fits(self, choice: Choice) -> bool:
+        """Whether that is at most ``most``."""
+        return self.cost(choice) <= self.most
+
+    confirm = fits
+
+    def cuts(self, depth: int, bits: int, options: Iterable[Option]) -> tuple[Cut, ...]:
+        """The one condition that is the limit itself, in bits."""
+        return (Cut(self.depth_bits(depth), {o: self.option_bits(*o, bits) for o in options}, 8 * self.most),)
+
+    def refusal(self, bits: int) -> OverBudgetError:
+        """Not even the head's input fits."""
+        need = self.cost(Choice(0, bits=bits))
+        return OverBudgetError(
+            f"{self.graph.name}: training the head alone takes {need} bytes of extra memory, and the limit is "
+            f"{self.most}; give at least {need}"
+        )
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Linked:
+    """A linked program: bytes of SRAM, the reserved stack included, and of flash."""
+
+    ram: int
+    flash: int
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The biases of some last layers: bytes of the trained state, and by node of the backward pass the bytes that every
+    order of the nodes needs."""
+
+    state: int
+    nodes: dict[str, int]
+
+
+class PlannedLimit(_Model):
+    """All SRAM of the compiled plan: arena, trained state and what the program has beside them (row, context, mailbox,
+    stack), which the linked program of ``target`` says. Without a target arena and state alone count.
+
+    ``most`` is the SRAM of the target, or less. ``confirm`` links a choice: its static SRAM and the deepest stack that
+    its calls can reach, never below the ``ram_bytes`` of a measurement. ``cost`` is that figure where the choice has
+    been linked; otherwise its plan and ``overhead``, the largest difference between the two so far, first that of the
+    head alone."""
+
+    def __init__(
+        self, graph: Graph, target: Target | None = None, most: int | None = None, passes: Passes = ALL
+    ) -> None:
+        if most is None and target is None:
+            raise ValueError("a target or a number of bytes is needed")
+        super().__init__(graph, target.sram_bytes if target and most is None else most or 0)
+        self.target = target
+        self.passes = passes
+        self.plans = 0
+        self._overhead: int | None = None if target else 0
+        self._planned: dict[_Key, tuple[int, int]] = {}
+        self._linked: dict[_Key, Linked] = {}
+        self._bases: dict[tuple[int, bool], _Base] = {}
+        self._options: dict[tuple[int, Option], tuple[int, dict[str, int]]] = {}
+        self._floors: dict[int, int] = {}
+
+    def narrowed(self, most: int) -> PlannedLimit:
+        """The same limit with so many bytes; what either has planned or linked, the other knows."""
+        other = copy.copy(self)
+        other._most = _positive(most)
+        return other
+
+    # -- figures of one choice -----------------------------------------------------------------------------------
+
+    @property
+    def overhead(self) -> int:
+        """Bytes beside arena and state."""
+        if self._overhead is None:
+            self._overhead = self._beside(Choice(0))
+        return self._overhead
+
+    def planned(self, choice: Choice) -> tuple[int, int]:
+        """(arena, trained state) of the choice's plan, in bytes."""
+        key = _key(choice)
+        if key not in self._planned:
+            p = plan_model(self.graph, choice.scheme(self.layers, _NAME), self.passes)
+            self.plans += 1
+            self._planned[key] = p.plan.arena_bytes, p.layout.nbytes
+            self._learn_floor(choice.depth, p.plan.arena_bytes)
+        return self._planned[key]
+
+    def cost(self, choice: Choice) -> int:
+        """Bytes of SRAM."""
+        linked = self._linked.get(_key(choice))
+        return linked.ram if linked else sum(self.planned(choice)) + self.overhead
+
+    def fits(self, choice: Choice) -> bool:
+        """Whether the choice costs at most ``most``."""
+        return self.cost(choice) <= self.most
+
+    def link(self, choice: Choice) -> Linked:
+        """Compiles and links the choice for the target's core. ToolMissingError without a compiler."""
+        assert self.target is not None, "nothing is linked without a target"
+        key = _key(choice)
+        if key not in self._linked:
+            compiled = compile_model(self.graph, choice.scheme(self.layers, _NAME), self.passes)
+            self._planned[key] = compiled.plan.arena_bytes, compiled.state_bytes
+            room = replace(self.target, flash_bytes=_ROOM, pools=(Pool("SRAM", _ROOM),))
+            firmware: Firmware = build_device(compiled, room)
+            self._linked[key] = Linked(firmware.static_bytes + firmware.stack_bytes, firmware.flash_bytes)
+        return self._linked[key]
+
+    def _beside(self, choice: Choice) -> int:
+        return self.link(choice).ram - sum(self._planned[_key(choice)])
+
+    def confirm(self, choice: Choice) -> bool:
+        """Whether the linked program fits; where it has more beside arena and state than was known, ``overhead``
+        rises. OverBudgetError where its flash is too large: what trains changes that by little."""
+        if self.target is None:
+            return self.fits(choice)
+        linked, beside = self.link(choice), self._beside(choice)
+        if linked.flash > self.target.flash_bytes:
+            raise OverBudgetError(
+                f"{self.graph.name}: {linked.flash} bytes of flash are needed, {self.target.flash_bytes} are there on "
+                f"{self.target.name}; choose a target with more flash or a model with fewer weights"
+            )
+        if linked.ram > self.most and beside > self.overhead:
+            self._overhead = beside
+            self.revision += 1
+        return linked.ram <= self.most
+
+    def refusal(self, bits: int) -> OverBudgetError:
+        """What stands in the way of training the head alone."""
+        p = plan_model(self.graph, self.scheme(0, {}, bits), self.passes)
+        layer = {o: n.layer for n in p.graph.flat().nodes for o in n.outputs}
+        largest = ", ".join(
+            f"{name} of {layer[name]} ({size})" if name in layer else f"{name} ({size})"
+            for name, size in largest_alive(p.graph, p.plan)
+        )
+        arena, state = p.plan.arena_bytes, p.layout.nbytes
+        need = arena + state + self.overhead
+        return OverBudgetError(
+            f"{self.graph.name}: training the head alone takes {need} bytes of SRAM (arena {arena}, state {state}, "
+            f"stack and the rest {self.overhead}), and the limit is {self.most}. Largest tensors at the peak: "
+            f"{largest}. Choose a lower resolution, a model whose layers there are fewer or narrower, or a target with "
+            f"at least {need} bytes"
+        )
+
+    # -- bounds on all choices -----------------------------------------------------------------------------------
+
+    def cuts(self, depth: int, bits: int, options: Iterable[Option]) -> tuple[Cut, ...]:
+        """Lower bounds of the cost. The state is a sum. Of the arena each node of the backward pass gives one: what has
+        to exist while it runs, in any order of the nodes, and for every trained weight the inputs that are kept for a
+        later update. One more is the arena of the biases alone, since keeping more takes no less; it falls where a plan
+        shows less."""
+        base = self._base(depth, self.passes.inplace)
+        adds = {o: self._option(bits, o) for o in options}
+        fixed = base.state + self.overhead
+        cuts = [
+            Cut(fixed + need, {o: state + kept.get(node, 0) for o, (state, kept) in adds.items()}, self.most)
+            for node, need in base.nodes.items()
+        ]
+        return (*cuts, Cut(fixed + self._floor(depth), {o: state for o, (state, _) in adds.items()}, self.most))
+
+    def _floor(self, depth: int) -> int:
+        """The smallest arena that is believed possible."""
+        if depth not in self._floors:
+            self._floors[depth] = self.planned(Choice(depth))[0]
+        return self._floors[depth]
+
+    def _learn_floor(self, depth: int, arena: int) -> None:
+        if arena < self._floors.get(depth, arena):
+            self._floors[depth] = arena
+            self.revision += 1
+
+    def _base(self, depth: int, overwrites: bool) -> _Base:
+        key = (depth, overwrites)
+        if key not in self._bases:
+            self._bases[key] = self._analyze(self.scheme(depth, {}, 8), overwrites)
+        return self._bases[key]
+
+    def _option(self, bits: int, option: Option) -> tuple[int, dict[str, int]]:
+        """(bytes of state, bytes by node) that the weights of a layer add wherever they train; the latter at least.
+
+        As differences from training the biases of all layers, so that a mask which they make needless is taken off
+        everywhere. What several layers read is kept once for all; each counts its part of it. Writing over an input is
+        left out, since two layers may prevent it once."""
+        key = (bits, option)
+        if key not in self._options:
+            without = self._base(self.deepest, False)
+            found = self._analyze(self.scheme(self.deepest, dict([option]), bits), False)
+            readers = self._readers(option[0])
+            more = {n: found.nodes[n] - need for n, need in without.nodes.items() if n in found.nodes}
+            kept = {n: d // readers if d > 0 else d for n, d in more.items() if d}
+            self._options[key] = found.state - without.state, kept
+        return self._options[key]
+
+    def _readers(self, layer: str) -> int:
+        convs = trainable_layers(self.graph)
+        return sum(n.inputs[0] == convs[layer].inputs[0] for n in convs.values())
+
+    def _analyze(self, scheme: UpdateScheme, overwrites: bool) -> _Base:
+        _, step = lower(self.graph, scheme, replace(self.passes, reorder=False))  # what is true in any order
+        forward = 1 + max(i for i, n in enumerate(step.nodes) if n.op == "dense")
+        bounds = node_bounds(step, overwrites=overwrites)
+        state = HEADER_BYTES + sum(v.nbytes for v in step.states())
+        return _Base(state, {n.name: bounds[n.name] for n in step.nodes[forward:]})

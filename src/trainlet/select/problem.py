@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a selection is made from and what comes out: measured contributions, a choice, its scheme, and limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from trainlet.scheme import UpdateScheme
+
+RATIOS: Final = (0.125, 0.25, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """What training adds, as held-out loss that it takes away (more is better). ``layers``: all trainable layers, in
+    the order of the model. ``biases``: by depth k, training the biases of the last k layers, over the head alone, which
+    is depth 0 and has value 0. ``weights``: by (layer, ratio), training that share of the layer's input channels, over
+    the biases alone. ``bits``: of a trained weight. ``noise``: standard deviation of one figure, where runs were
+    repeated."""
+
+    model: str
+    bits: int
+    layers: tuple[str, ...]
+    biases: Mapping[int, float]
+    weights: Mapping[tuple[str, float], float]
+    noise: float = 0.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The biases of the last ``depth`` layers, and weights of some of these: layer -> ratio. ``value`` is the sum of
+    its contributions."""
+
+    depth: int
+    weights: Mapping[str, float] = field(default_factory=dict)
+    bits: int = 8
+    value: float = 0.0
+
+    def scheme(self, layers: tuple[str, ...], name: str) -> UpdateScheme:
+        """As an UpdateScheme of a model with these trainable layers."""
+        return UpdateScheme(name, layers[len(layers) - self.depth :], dict(self.weights), self.bits)
+
+
+class Limit(Protocol):
+    """What a choice may cost."""
+
+    def cost(self, choice: Choice) -> int:
+        """Bytes of the choice."""
+
+    @property
+    def most(self) -> int:
+        """Bytes that there are."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a selector returns: the choice, what it costs, and how good it is known to be. ``bound``: no choice under
+    the limit can have a higher value, where the selector can tell; ``evaluations``: how many choices it has looked
+    at."""
+
+    choice: Choice
+    cost: int
+    method: str
+    evaluations: int
+    bound: float | None = None

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``trainlet select`` from end to end: what it writes and refuses, and that a killed one goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from graphs import int8_chain
+from separable import write_separable
+
+from trainlet import irfile
+from trainlet.cli import main
+from trainlet.errors import ToolMissingError
+from trainlet.scheme import load_scheme
+from trainlet.select.jobs import JobStore
+from trainlet.toolchain import find_arm_gcc
+
+Run = Callable[..., tuple[int, dict[str, Any], str]]
+PICTURES = ("contributions.svg", "search.svg", "memory.svg")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """chain.json, the small model; data.npz, 120 images that it can learn."""
+    root = tmp_path_factory.mktemp("select")
+    irfile.save(int8_chain(), root / "chain.json")
+    write_separable(root / "data.npz", 120)
+    return root
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command with --json: exit code, the one JSON object, standard error."""
+
+    def call(*args: object) -> tuple[int, dict[str, Any], str]:
+        code = main([*map(str, args), "--json"])
+        out, err = capsys.readouterr()
+        assert out.count("\n") == 1, "one line, the JSON object"
+        return code, json.loads(out), err
+
+    return call
+
+
+def words(files: Path, out: Path, *more: object) -> list[str]:
+    given = ("--model", files / "chain.json", "--data", files / "data.npz", "--out", out)
+    return ["select", *map(str, given), "--quick", "--lr", "0.03", "--jobs", "2", *map(str, more)]
+
+
+def test_it_ends_with_a_scheme_that_fits_and_is_worth_it(files: Path, tmp_path: Path, run: Run) -> None:
+    args = words(files, tmp_path, "--sram", "2K", "--no-measure")
+    code, found, _ = run(*args)
+    assert code == 0
+    assert found["weights"]
+    assert found["planned_bytes"] <= found["limit_bytes"] == 2048
+    assert found["held_out_loss"] < found["bias_only_loss"]
+    assert found["held_out_loss"] < found["head_only_loss"]
+    assert found["gap"] == 0
+
+    scheme = load_scheme(found["scheme"], int8_chain())
+    assert dict(scheme.weights) == found["weights"]
+    assert len(scheme.biases) == found["depth"]
+    code, plan, _ = run("plan", "--model", files / "chain.json", "--scheme", found["scheme"], "--classes", 4)
+    assert code == 0
+    assert plan["arena_bytes"] + plan["state_bytes"] == found["planned_bytes"]
+
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {p["series"] for p in report["points"]} == {"selected", "head", "biases"}
+    assert report["contributions"][0]["rank_correlation"]["descent"].keys() == {"biases", "weights", "weights_whole"}
+    for name in PICTURES:
+        assert ET.parse(tmp_path / name).getroot().tag.endswith("svg")
+
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file() and f.name != "report.json"}
+    code, again, _ = run(*args)
+    assert (code, again["jobs"], again["weights"]) == (0, found["jobs"], found["weights"])
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before, "nothing was done again"
+
+
+def test_the_measured_memory_is_under_the_limit(files: Path, tmp_path: Path, run: Run) -> None:
+    try:
+        find_arm_gcc()
+    except ToolMissingError as e:
+        pytest.skip(str(e))
+    code, found, _ = run(*words(files, tmp_path, "--sram", "4K"))
+    assert code == 0
+    assert found["weights"]
+    assert found["ram_bytes"] <= found["planned_bytes"] <= found["limit_bytes"] == 4096
+    assert found["instructions_per_step"] > 0
+    measure = ("--classes", 4, "--measure", "--target", found["target"])
+    code, plan, _ = run("plan", "--model", files / "chain.json", "--scheme", found["scheme"], *measure)
+    assert (code, plan["ram_bytes"]) == (0, found["ram_bytes"])
+
+    code, refused, err = run(*words(files, tmp_path / "small", "--sram", "1K"))
+    assert (code, refused["exit_code"]) == (4, 4)
+    assert "Largest tensors at the peak" in err
+    assert not (tmp_path / "small" / "scheme.json").exists()
+
+
+REFUSED = {
+    "a limit of nothing": (("--sram", "0K"), 2, "--sram"),
+    "more than the chip has": (("--sram", "1M"), 2, "stm32f746 has"),
+    "an unknown chip": (("--sram", "8K", "--target", "z80"), 2, "z80"),
+    "an unknown method": (("--sram", "8K", "--method", "luck"), 2, "luck"),
+    "a width that there is not": (("--sram", "8K", "--bits", "8,9"), 2, "'9' is no width"),
+    "a drop without freezing": (("--sram", "8K", "--max-drop", "0.1"), 2, "--max-drop"),
+    "no process": (("--sram", "8K", "--jobs", "0"), 2, "--jobs 0"),
+    "a seed below 0": (("--sram", "8K", "--seed", "-1"), 2, "--seed"),
+    "a rate that is none": (("--sram", "8K", "--lr", "0"), 2, "learning rate"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(files: Path, tmp_path: Path, run: Run, name: str) -> None:
+    args, code, text = REFUSED[name]
+    found, data, err = run(*words(files, tmp_path, *args))
+    assert (found, data["exit_code"]) == (code, code)
+    assert text in err
+    assert not (tmp_path / "scheme.json").exists()
+
+
+def test_a_foreign_file_of_jobs_is_left_alone(files: Path, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "jobs.sqlite").write_text("mine")
+    code, _, err = run(*words(files, tmp_path, "--sram", "8K", "--no-measure"))
+    assert code == 2
+    assert "jobs.sqlite: this is no file of jobs" in err
+    assert (tmp_path / "jobs.sqlite").read_text() == "mine"
+    assert [f.name for f in tmp_path.iterdir()] == ["jobs.sqlite"]
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_scheme(files: Path, tmp_path: Path, run: Run) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = ("--sram", "2K", "--no-measure")
+    code, found, _ = run(*words(files, whole, *more))
+    assert code == 0
+    rng = random.Random(0)
+    kept = 0
+    for _ in range(2):
+        process = subprocess.Popen([sys.executable, "-m", "trainlet.cli", *words(files, parts, *more)])
+        deadline = time.monotonic() + 60
+        while _count(parts) < kept + 2 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.2))
+        process.kill()
+        assert process.wait() == -9, "it was killed before its end"
+        now = _count(parts)
+        assert now >= kept + 2
+        kept = now
+    code, again, _ = run(*words(files, parts, *more))
+    assert (code, again["jobs"]) == (0, found["jobs"])
+    assert (parts / "scheme.json").read_bytes() == (whole / "scheme.json").read_bytes()
+    for name in PICTURES:
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
+
+
+def _count(out: Path) -> int:
+    path = out / "jobs.sqlite"
+    if not path.exists():
+        return 0
+    with JobStore(path) as store:
+        return len(store)
