@@ -21,7 +21,7 @@ from trainlet.frontends import load
 from trainlet.picture import Curve, accuracy_svg
 from trainlet.train import evaluate
 
-SCHEMES = {"99kb": ("sparse update, 99kb scheme", "#0b6e4f"), "head": ("head only", "#b04a00")}
+SCHEMES = {"99kb": ("sparse update", "#0b6e4f"), "head": ("head only", "#b04a00")}
 HERE = Path(__file__).parent
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -150,12 +151,15 @@ class Linked:
 
 
 @dataclass(frozen=True)
-class _Base:
-    """The biases of some last layers: bytes of the trained state, and by node of the backward pass the bytes that every
-    order of the nodes needs."""
+class _Needs:
+    """What a step needs: bytes of the trained state, and by node of the backward pass the bytes that every order of the
+    nodes needs, with nodes that write over their inputs where they may, and ``apart``, where none does. ``shared``:
+    how many layers' updates read what the node reads."""
 
     state: int
     nodes: dict[str, int]
+    apart: dict[str, int]
+    shared: dict[str, int]
 
 
 class PlannedLimit(_Model):
@@ -179,7 +183,7 @@ class PlannedLimit(_Model):
         self._overhead: int | None = None if target else 0
         self._planned: dict[_Key, tuple[int, int]] = {}
         self._linked: dict[_Key, Linked] = {}
-        self._bases: dict[tuple[int, bool], _Base] = {}
+        self._bases: dict[int, _Needs] = {}
         self._options: dict[tuple[int, Option], tuple[int, dict[str, int]]] = {}
         self._floors: dict[int, int] = {}
 
@@ -272,7 +276,7 @@ class PlannedLimit(_Model):
         to exist while it runs, in any order of the nodes, and for every trained weight the inputs that are kept for a
         later update. One more is the arena of the biases alone, since keeping more takes no less; it falls where a plan
         shows less."""
-        base = self._base(depth, self.passes.inplace)
+        base = self._base(depth)
         adds = {o: self._option(bits, o) for o in options}
         fixed = base.state + self.overhead
         cuts = [
@@ -292,35 +296,42 @@ class PlannedLimit(_Model):
             self._floors[depth] = arena
             self.revision += 1
 
-    def _base(self, depth: int, overwrites: bool) -> _Base:
-        key = (depth, overwrites)
-        if key not in self._bases:
-            self._bases[key] = self._analyze(self.scheme(depth, {}, 8), overwrites)
-        return self._bases[key]
+    def _base(self, depth: int) -> _Needs:
+        if depth not in self._bases:
+            self._bases[depth] = self._analyze(self.scheme(depth, {}, 8))
+        return self._bases[depth]
 
     def _option(self, bits: int, option: Option) -> tuple[int, dict[str, int]]:
         """(bytes of state, bytes by node) that the weights of a layer add wherever they train; the latter at least.
 
         As differences from training the biases of all layers, so that a mask which they make needless is taken off
-        everywhere. What several layers read is kept once for all; each counts its part of it. Writing over an input is
-        left out, since two layers may prevent it once."""
+        everywhere. What several layers cause together counts once: a tensor that all of them keep, a gradient that
+        cannot be written over since their updates still read it. Each is charged its part of it."""
         key = (bits, option)
         if key not in self._options:
-            without = self._base(self.deepest, False)
-            found = self._analyze(self.scheme(self.deepest, dict([option]), bits), False)
+            base = self._base(self.deepest)
+            found = self._analyze(self.scheme(self.deepest, dict([option]), bits))
             readers = self._readers(option[0])
-            more = {n: found.nodes[n] - need for n, need in without.nodes.items() if n in found.nodes}
-            kept = {n: d // readers if d > 0 else d for n, d in more.items() if d}
-            self._options[key] = found.state - without.state, kept
+            adds: dict[str, int] = {}
+            for node in base.nodes.keys() & found.nodes.keys():
+                kept = found.apart[node] - base.apart[node]
+                apart = found.nodes[node] - base.nodes[node] - kept
+                adds[node] = (kept // readers if kept > 0 else kept) + apart // max(1, base.shared[node])
+            self._options[key] = found.state - base.state, {n: d for n, d in adds.items() if d}
         return self._options[key]
 
     def _readers(self, layer: str) -> int:
         convs = trainable_layers(self.graph)
         return sum(n.inputs[0] == convs[layer].inputs[0] for n in convs.values())
 
-    def _analyze(self, scheme: UpdateScheme, overwrites: bool) -> _Base:
+    def _analyze(self, scheme: UpdateScheme) -> _Needs:
         _, step = lower(self.graph, scheme, replace(self.passes, reorder=False))  # what is true in any order
         forward = 1 + max(i for i, n in enumerate(step.nodes) if n.op == "dense")
-        bounds = node_bounds(step, overwrites=overwrites)
+        backward = step.nodes[forward:]
         state = HEADER_BYTES + sum(v.nbytes for v in step.states())
-        return _Base(state, {n.name: bounds[n.name] for n in step.nodes[forward:]})
+        apart = node_bounds(step, overwrites=False)
+        over = node_bounds(step) if self.passes.inplace else apart
+        updated = Counter(n.inputs[0] for n in backward if n.op.startswith("conv2d_db"))
+        shared = {n.name: sum(updated[v] for v in n.inputs) for n in backward}
+        names = [n.name for n in backward]
+        return _Needs(state, {n: over[n] for n in names}, {n: apart[n] for n in names}, shared)
