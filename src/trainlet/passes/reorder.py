@@ -45,11 +45,9 @@ def order_bound(graph: Graph, *, overwrites: bool = True) -> int:
 
 
 def node_bounds(graph: Graph, *, overwrites: bool = True) -> dict[str, int]:
-    """By node the bytes that exist while it runs in every order: all that what it must come behind has made, and that
-    it, or what must come behind it, still reads."""
-    return {
-        n.name: bound for s in _problems(graph, overwrites) for n, bound in zip(s.nodes, s.bounds(), strict=True)
-    }
+    """By node the bytes that have to exist while it runs, in any order: what nodes that it must come behind have made,
+    and it, or nodes that must come behind it, still read."""
+    return {n.name: bound for s in _problems(graph, overwrites) for n, bound in zip(s.nodes, s.bounds(), strict=True)}
 
 
 def _problems(graph: Graph, overwrites: bool) -> list[_Section]:
