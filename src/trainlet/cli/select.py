@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trainlet.cli.commands import Data, Json, Model, command
-from trainlet.cli.output import Report, RichProgress, Table, grouped, size
+from trainlet.cli.output import Report, RichProgress, Table, grouped
 from trainlet.errors import OverBudgetError, UsageError
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _report(
         "bias_only_loss": min((v for v in biases if v is not None), default=None),
     }
     rows = [
-        (p.scheme, p.series, size(p.ram_bytes), _number(p.loss), _number(p.accuracy), p.problem)
+        (p.scheme, p.series, grouped(p.ram_bytes), _number(p.loss), _number(p.accuracy), p.problem)
         for p in sorted(points, key=lambda p: p.ram_bytes)
     ]
     chosen_rows = [("biases", f"of the last {selection['depth']} layers")]
@@ -157,7 +157,7 @@ def _report(
     tables = [
         Table(f"{found['model']}: what trains, {selection['bits']} bits", (), chosen_rows, False),
         Table("measured on the emulated chip" if "ram_bytes" in found else "limit", (), memory),
-        Table(f"trained the same way, {images}", ("scheme", "", "SRAM, planned", "loss", "accuracy", ""), rows),
+        Table(f"trained the same way, {images}", ("scheme", "", "SRAM, planned bytes", "loss", "accuracy", ""), rows),
     ]
     lines = [f"scheme: {files['scheme']}", f"report: {files['report']}"]
     data = {**found, **summary, **selection, "search": None, **files}
