@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from trainlet.attrs import Add, Conv2d
 from trainlet.frontends import feature_pool, trunk
 from trainlet.ir import Graph, Node, QParams
-from trainlet.ops import Add, Conv2d
 from trainlet.scheme import UpdateScheme, selected_channels
 
 EXACT = 1 << 24  # integers up to here are exact in float32, in any order of summation

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainlet.attrs import Conv2d
 from trainlet.frontends import feature_pool, trunk
 from trainlet.ir import Graph
-from trainlet.ops import Conv2d
 from trainlet.scheme import UpdateScheme
 
 

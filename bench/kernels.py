@@ -17,9 +17,9 @@ from itertools import groupby
 
 from protocol import assets, describe_machine
 
+from trainlet.attrs import Conv2d
 from trainlet.build import NATIVE, build_library
 from trainlet.frontends import load
-from trainlet.ops import Conv2d
 
 KINDS = ("forward", "dx", "dw")
 REPETITIONS = 100

@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from trainlet import irfile
+from trainlet.attrs import Add, Attrs, AvgPool, Conv2d
 from trainlet.data import to_int8
 from trainlet.ir import Graph, GraphBuilder, Kind, Node, Stage, Value
-from trainlet.ops import Add, Attrs, AvgPool, Conv2d, conv_out_hw, is_depthwise
+from trainlet.ops import conv_out_hw, is_depthwise
 from trainlet.quantize import fold_batch_norm, quantize
 from trainlet.reference import infer
 

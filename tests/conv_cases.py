@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trainlet.ir import Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
-from trainlet.ops import (
+from trainlet.attrs import (
     Attrs,
     Conv2d,
     Conv2dDb,
@@ -27,6 +26,7 @@ from trainlet.ops import (
     SgdBias,
     SgdWeight,
 )
+from trainlet.ir import Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
 
 COUNT = 36
 

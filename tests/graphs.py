@@ -12,8 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from trainlet.ir import Array, Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
-from trainlet.ops import (
+from trainlet.attrs import (
     Add,
     Attrs,
     AvgPool,
@@ -26,9 +25,9 @@ from trainlet.ops import (
     SelectChannels,
     SgdBias,
     SgdWeight,
-    conv_out_hw,
-    is_depthwise,
 )
+from trainlet.ir import Array, Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
+from trainlet.ops import conv_out_hw, is_depthwise
 
 CLASSES = 4
 STEM = Conv2d((3, 3), (2, 2), (0, 1, 0, 1), clamp=(0.0, 6.0), activation=True)

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from hypothesis import strategies as st
 
+from trainlet.attrs import Add, AvgPool, Conv2d
 from trainlet.frontends import attach_head, canonicalize_dead
 from trainlet.ir import Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
-from trainlet.ops import Add, AvgPool, Conv2d, conv_out_hw, is_depthwise
+from trainlet.ops import conv_out_hw, is_depthwise
 from trainlet.scheme import UpdateScheme
 
 PLAIN = ("-O1",)

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from graphs import ChainBuilder, float_chain, int8_chain
 
+from trainlet.attrs import Conv2d
 from trainlet.autodiff import differentiate
 from trainlet.errors import UnsupportedError, UsageError
 from trainlet.frontends.common import attach_head
 from trainlet.ir import Array, Graph, Node, Stage
-from trainlet.ops import Conv2d
 from trainlet.passes.fuse import fuse
 from trainlet.reference import initial_state, run
 from trainlet.reference.executor import REFERENCE

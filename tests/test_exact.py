@@ -21,12 +21,12 @@ from random_nets import NAMED, NATIVE, PLAIN, Case, cases, named_case
 from test_nets import BITS, LR, NETS, image
 
 from trainlet import build, scheme
+from trainlet.attrs import FusedDw, FusedDx, RoundGrad, SgdWeight
 from trainlet.compiler import Compiled, Passes, compile_model
 from trainlet.emit import emit
 from trainlet.errors import MismatchError, TrainletError, UsageError
 from trainlet.frontends import attach_head, load_checkpoint
 from trainlet.ir import Array, Node
-from trainlet.ops import FusedDw, FusedDx, RoundGrad, SgdWeight
 from trainlet.reference import TrainState, infer, initial_state, train_step
 from trainlet.session.host import HostSession
 from trainlet.verify import VerifyError, verify_plan

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from trainlet.attrs import Add, Conv2d, Conv2dDx, FusedDx, RoundGrad
 from trainlet.errors import UsageError
 from trainlet.ir import Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
 from trainlet.irfile import load, save
-from trainlet.ops import Add, Conv2d, Conv2dDx, FusedDx, RoundGrad
 from trainlet.verify import VerifyError
 
 MAKERS = [float_chain, int8_chain, train_tail]

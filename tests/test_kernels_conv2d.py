@@ -40,7 +40,8 @@ from kernel_library import (
 from kernel_model import mix, store_weight
 
 from trainlet import numerics
-from trainlet.ops import Conv2d, conv_out_hw
+from trainlet.attrs import Conv2d
+from trainlet.ops import conv_out_hw
 
 RANDOM = 300
 

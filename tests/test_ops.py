@@ -14,21 +14,9 @@ from graphs import float_chain, int8_chain
 import trainlet.emit
 import trainlet.reference
 import trainlet.vjp
+from trainlet.attrs import Attrs, AvgPool, Conv2d, Conv2dDx
 from trainlet.ir import Node, Stage, Value
-from trainlet.ops import (
-    DTYPE_BITS,
-    OPS,
-    Attrs,
-    AvgPool,
-    Conv2d,
-    Conv2dDx,
-    RuleError,
-    conv_out_hw,
-    dtype_bits,
-    fan_in,
-    fan_out,
-    is_depthwise,
-)
+from trainlet.ops import DTYPE_BITS, OPS, RuleError, conv_out_hw, dtype_bits, fan_in, fan_out, is_depthwise
 
 ALL = sorted(OPS)
 MADE_OF_NODES = {"stream"}  # its meaning is theirs: the reference runs a graph that is flat

@@ -14,13 +14,13 @@ from graphs import int8_chain
 
 from trainlet import device as device_module
 from trainlet import irfile
+from trainlet.attrs import Stream
 from trainlet.build import kernel_sources
 from trainlet.cli import main
 from trainlet.compiler import ALL, Compiled, compile_model
 from trainlet.emit.emitter import comment
 from trainlet.errors import MismatchError, OverBudgetError
 from trainlet.frontends import attach_head
-from trainlet.ops import Stream
 from trainlet.plan import feeds
 from trainlet.probe import _first, first_difference, instrument, roomy, written
 from trainlet.scheme import UpdateScheme

@@ -11,11 +11,11 @@ import pytest
 from graphs import ChainBuilder, float_chain, int8_chain
 from numpy.typing import NDArray
 
+from trainlet.attrs import Attrs, Conv2d, Mask
 from trainlet.compiler import compile_model
 from trainlet.errors import TrainletError, UnsupportedError, UsageError
 from trainlet.frontends import attach_head
 from trainlet.ir import Graph, Kind, Node, Stage, Value
-from trainlet.ops import Attrs, Conv2d, Mask
 from trainlet.quantize import PIXELS, calibrate, fold_batch_norm, quantize, range_qparams
 from trainlet.reference import infer, run
 from trainlet.reference.linear import conv_sum

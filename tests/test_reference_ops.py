@@ -13,10 +13,11 @@ from graphs import ChainBuilder, float_chain, int8_chain, train_tail
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainlet.attrs import Conv2d
 from trainlet.autodiff import differentiate
 from trainlet.errors import MismatchError, UsageError
 from trainlet.ir import Graph, Stage
-from trainlet.ops import OPS, Conv2d, conv_out_hw, is_depthwise
+from trainlet.ops import OPS, conv_out_hw, is_depthwise
 from trainlet.reference import REFERENCE, Status, infer, initial_state, random_head, run, train_step
 from trainlet.reference import arithmetic as ar
 from trainlet.reference.executor import execute, start

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainlet.attrs import Add, AvgPool, Conv2d
 from trainlet.errors import UsageError
 from trainlet.frontends import attach_head, load_checkpoint
 from trainlet.ir import Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
-from trainlet.ops import Add, AvgPool, Conv2d
 from trainlet.scheme import (
     UpdateScheme,
     check_scheme,

@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from random_nets import NAMED, PLAIN, Case, Net, cases, full, named_case
 from test_exact import difference
 
+from trainlet import irfile
+from trainlet.attrs import Stream
 from trainlet.compiler import Compiled, Passes, compile_model
 from trainlet.emit import emit
+from trainlet.errors import UnsupportedError, UsageError
 from trainlet.ir import Graph
-from trainlet.ops import Stream
 from trainlet.passes.stream import Run, can_be_fed, can_stream, wrap_runs
 from trainlet.plan import feeds, make_plan
 from trainlet.rows import Window, ring_rows
@@ -151,3 +154,17 @@ def test_rings_of_a_chain_without_an_image() -> None:
     nodes = [n for n in graph.nodes if can_stream(graph, n)]
     rows, fed = ring_rows(nodes, graph.values), ring_rows(nodes, graph.values, "input")
     assert rows == {k: v for k, v in fed.items() if k != "input"}
+
+
+def test_a_graph_with_streams_has_no_file(tmp_path: Path) -> None:
+    """Saving says so; a file that claims to hold one is refused like any unknown attribute, not with a traceback."""
+    case = tall(9, 3, 1, 1)
+    compiled = all_streamed(case, by_rows=True)
+    with pytest.raises(UnsupportedError, match="no file form"):
+        irfile.save(compiled.graph, tmp_path / "streamed.json")
+    assert list(tmp_path.iterdir()) == []
+    irfile.save(case.model, tmp_path / "model.json")
+    text = (tmp_path / "model.json").read_text()
+    (tmp_path / "model.json").write_text(text.replace('"class": "Conv2d"', '"class": "Stream"', 1))
+    with pytest.raises(UsageError, match=r"attrs\.class"):
+        irfile.load(tmp_path / "model.json")

@@ -16,11 +16,12 @@ from test_exact import SANITIZE, _cc, difference, expected_bytes, run_sanitized
 from test_stream import planned
 
 from trainlet import build
+from trainlet.attrs import Conv2d, Conv2dDw, FusedDb, FusedDw, SgdBias, SgdWeight
 from trainlet.autodiff import UPDATES, differentiate
 from trainlet.compiler import Compiled, Passes, compile_model
 from trainlet.emit import emit
 from trainlet.ir import Graph, Node, Stage, Value
-from trainlet.ops import OPS, Conv2d, Conv2dDw, FusedDb, FusedDw, RuleError, SgdBias, SgdWeight
+from trainlet.ops import OPS, RuleError
 from trainlet.passes.fuse import fuse
 from trainlet.passes.inplace import inplace
 from trainlet.passes.reorder import reorder

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from graphs import float_chain, int8_chain, train_tail
 
+from trainlet.attrs import Add, Attrs, SelectChannels
 from trainlet.errors import UnsupportedError
 from trainlet.ir import Array, Graph, Kind, QParams, Stage
-from trainlet.ops import Add, Attrs, SelectChannels
 from trainlet.verify import VerifyError, verify_graph, verify_plan
 
 # --- graphs -------------------------------------------------------------------------------------------------

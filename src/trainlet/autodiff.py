@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from trainlet.attrs import Add, Attrs, CheckLr, Conv2d, Mask, MaskFrom, RoundGrad, SelectChannels
 from trainlet.errors import UnsupportedError, UsageError
 from trainlet.ir import Array, Graph, GraphBuilder, Kind, Node, Stage, Value
 from trainlet.numerics import RHO_START, bias_rate, weight_rate
-from trainlet.ops import Add, Attrs, CheckLr, Conv2d, Mask, MaskFrom, RoundGrad, SelectChannels
 from trainlet.scheme import UpdateScheme, check_scheme, selected_channels
 from trainlet.verify import verify_graph
 from trainlet.vjp import VJP, Shared, Sums

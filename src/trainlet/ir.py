@@ -17,7 +17,8 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from trainlet.ops import Attrs, Stream, dtype_bits
+from trainlet.attrs import Attrs, Stream
+from trainlet.ops import dtype_bits
 
 Array = NDArray[np.generic]
 

@@ -23,9 +23,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from trainlet.errors import UsageError
+from trainlet.attrs import Attrs, Stream
+from trainlet.errors import UnsupportedError, UsageError
 from trainlet.ir import Array, Graph, Kind, Node, QParams, Stage, Value
-from trainlet.ops import DTYPE_BITS, OPS, Attrs
+from trainlet.ops import DTYPE_BITS, OPS
 from trainlet.verify import VerifyError, verify_graph
 
 FORMAT = "trainlet-graph"
@@ -35,7 +36,8 @@ MAX_TENSOR_BYTES = 1 << 30
 MAX_ELEMENTS = 1 << 30
 MAX_RANK = 8
 
-ATTRS: dict[str, type[Attrs]] = {op.attrs.__name__: op.attrs for op in OPS.values()}
+# streams hold nodes and belong to one plan of memory, which has no file
+ATTRS: dict[str, type[Attrs]] = {op.attrs.__name__: op.attrs for op in OPS.values() if op.attrs is not Stream}
 """The attribute classes that a file may name; nested ones are fixed by their field."""
 
 T = TypeVar("T")
@@ -45,8 +47,15 @@ E = TypeVar("E", bound=StrEnum)
 def save(graph: Graph, path: Path) -> None:
     """Writes ``graph`` to ``path`` (which ends in .json) and its data beside it. The same graph gives the same bytes.
 
-    Raises VerifyError for a graph that ``load`` would refuse; nothing is written then."""
+    Raises VerifyError for a graph that ``load`` would refuse, UnsupportedError for one whose nodes have been placed
+    (they are in streams, or write over inputs); nothing is written then."""
     verify_graph(graph)
+    placed = next((n for n in graph.nodes if n.overwrites or isinstance(n.attrs, Stream)), None)
+    if placed is not None:
+        raise UnsupportedError(
+            f"{graph.name}: {placed.name!r} ({placed.op}) is the work of a pass that places memory, which has no file "
+            "form; save the graph from before"
+        )
     blob = save_tensors({name: np.ascontiguousarray(graph.data[name]) for name in sorted(graph.data)})
     document = {
         "format": FORMAT,

@@ -14,8 +14,8 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import fields
 
+from trainlet.attrs import Attrs
 from trainlet.ir import Array, Graph, Kind, Node, Value
-from trainlet.ops import Attrs
 
 _SIGIL = {Kind.INPUT: "%", Kind.ACTIVATION: "%", Kind.CONST: "@", Kind.STATE: "$"}
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trainlet.ops import Conv2d
+from trainlet.attrs import Conv2d
 
 F32 = NDArray[np.float32]
 MAX_INT32 = 1 << 31

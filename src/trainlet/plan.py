@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from trainlet import scratch
+from trainlet.attrs import Conv2d, Conv2dDw, Conv2dDx, FusedDw, FusedDx, SgdWeight, Stream
 from trainlet.ir import Graph, Kind, Node, Value
-from trainlet.ops import Conv2d, Conv2dDw, Conv2dDx, FusedDw, FusedDx, SgdWeight, Stream, conv_out_hw
+from trainlet.ops import conv_out_hw
 
 ALIGNMENT = 4
 

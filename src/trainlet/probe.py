@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any, Final
 
+from trainlet.attrs import Stream
 from trainlet.compiler import Compiled
 from trainlet.emit.emitter import comment
 from trainlet.ir import Kind, Node
-from trainlet.ops import Stream
 from trainlet.session.host import HostSession
 from trainlet.session.mailbox import DeviceSession
 from trainlet.targets import MIB, Pool, Target

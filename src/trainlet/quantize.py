@@ -15,10 +15,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from trainlet.attrs import Add, Attrs, Conv2d
 from trainlet.errors import UnsupportedError, UsageError
 from trainlet.frontends.common import DEAD_RATIO, check_sums
 from trainlet.ir import Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
-from trainlet.ops import Add, Attrs, Conv2d, fan_in
+from trainlet.ops import fan_in
 from trainlet.reference import run
 from trainlet.session import Image
 from trainlet.verify import verify_graph

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from trainlet.attrs import Attrs, Conv2d
 from trainlet.ir import Node, Value
-from trainlet.ops import Attrs, Conv2d
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,10 +22,10 @@ from typing import Any, Final, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from trainlet.attrs import Conv2d
 from trainlet.errors import UsageError
 from trainlet.frontends.common import feature_pool, trunk
 from trainlet.ir import Graph, Node
-from trainlet.ops import Conv2d
 
 FORMAT: Final = "trainlet.scheme"
 VERSION: Final = 1

@@ -12,21 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trainlet.attrs import Attrs, AvgPool, AvgPoolDx, Conv2d, Conv2dDb, Conv2dDw, Conv2dDx, SgdBias, SgdWeight
 from trainlet.errors import UnsupportedError
 from trainlet.ir import Node, Value
 from trainlet.numerics import MAX_UPDATE_PIXELS, dx_bits
-from trainlet.ops import (
-    Attrs,
-    AvgPool,
-    AvgPoolDx,
-    Conv2d,
-    Conv2dDb,
-    Conv2dDw,
-    Conv2dDx,
-    SgdBias,
-    SgdWeight,
-    fan_out,
-)
+from trainlet.ops import fan_out
 
 if TYPE_CHECKING:
     from trainlet.autodiff import Tape

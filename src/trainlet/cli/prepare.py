@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from trainlet import frontends, irfile
+from trainlet.attrs import Conv2d
 from trainlet.compiler import Compiled, Passes, compile_model
 from trainlet.errors import OverBudgetError, UsageError
 from trainlet.ir import Graph, Stage
-from trainlet.ops import Conv2d
 from trainlet.plan import largest_alive
 from trainlet.scheme import UpdateScheme, extra_memory_bytes, resolve
 from trainlet.targets import DEFAULT_TARGET, Target, find_target, parse_size, with_limits

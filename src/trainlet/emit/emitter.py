@@ -12,13 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trainlet import numerics
+from trainlet.attrs import Conv2d, MaskFrom, RoundGrad
 from trainlet.ir import Array, Graph, Kind, Node, Value
 from trainlet.layout import StateLayout
-from trainlet.ops import (
-    Conv2d,
-    MaskFrom,
-    RoundGrad,
-)
 from trainlet.plan import MemoryPlan, geometry, stream_counters
 
 CTYPE = {"s8": "int8_t", "s16": "int16_t", "u16": "uint16_t", "s32": "int32_t", "f32": "float", "b1": "uint8_t",

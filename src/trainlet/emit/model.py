@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from trainlet.attrs import Stream
 from trainlet.emit.emitter import Emitter, c_float, c_name, comment
 from trainlet.emit.statement import REFUSES, function, statement
 from trainlet.emit.stream import stream_text
 from trainlet.errors import UnsupportedError
 from trainlet.ir import Graph, Kind, Node, Stage
 from trainlet.layout import StateLayout
-from trainlet.ops import Stream
 from trainlet.plan import MemoryPlan, feeds
 from trainlet.prefix import prefix_length
 

@@ -6,9 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from trainlet import numerics
-from trainlet.emit.emitter import Emitter, c_float
-from trainlet.ir import Kind, Node
-from trainlet.ops import (
+from trainlet.attrs import (
     Add,
     AvgPool,
     AvgPoolDx,
@@ -26,6 +24,8 @@ from trainlet.ops import (
     SgdBias,
     SgdWeight,
 )
+from trainlet.emit.emitter import Emitter, c_float
+from trainlet.ir import Kind, Node
 from trainlet.plan import ready_weights, weight_update
 
 

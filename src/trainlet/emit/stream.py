@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+from trainlet.attrs import Stream
 from trainlet.emit.emitter import Emitter
 from trainlet.emit.statement import function, statement
 from trainlet.ir import Node
-from trainlet.ops import Stream
 from trainlet.rows import window
 
 WHOLE = -1  # input of a stage: a tensor that is there from the start

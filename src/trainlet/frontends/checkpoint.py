@@ -13,12 +13,13 @@ from typing import Final
 
 import numpy as np
 
+from trainlet.attrs import Add, Attrs, AvgPool, Conv2d
 from trainlet.errors import UnsupportedError, UsageError
 from trainlet.frontends.common import canonicalize_dead, check_sums
 from trainlet.frontends.records import Block, Conv, Model, Residual, need, read_model
 from trainlet.frontends.unpickle import PickleError, loads
 from trainlet.ir import Array, Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
-from trainlet.ops import Add, Attrs, AvgPool, Conv2d, conv_out_hw, fan_in, is_depthwise
+from trainlet.ops import conv_out_hw, fan_in, is_depthwise
 
 MAX_FILE: Final = 32 << 20
 MAX_ENTRIES: Final = 4096

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from trainlet.attrs import AvgPool
 from trainlet.errors import UsageError
 from trainlet.ir import Graph, Node, Value
-from trainlet.ops import OPS, AvgPool, RuleError
+from trainlet.ops import OPS, RuleError
 from trainlet.verify import verify_graph
 
 

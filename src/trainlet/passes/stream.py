@@ -13,8 +13,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from trainlet.attrs import Stream
 from trainlet.ir import Graph, Node
-from trainlet.ops import STREAMED, Stream
+from trainlet.ops import STREAMED
 from trainlet.plan import aligned, in_arena, loads, node_scratch, rows_bytes
 from trainlet.prefix import prefix_length
 from trainlet.rows import overwriting_lead, ring_rows

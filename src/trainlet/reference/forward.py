@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from trainlet.attrs import Add, AvgPool, CheckLr, Conv2d, Mask, SelectChannels
 from trainlet.errors import UsageError
 from trainlet.ir import Node
-from trainlet.ops import Add, AvgPool, CheckLr, Conv2d, Mask, SelectChannels, conv_out_hw
+from trainlet.ops import conv_out_hw
 from trainlet.reference.arithmetic import Tensor
 from trainlet.reference.linear import conv_sum, pad, taps
 from trainlet.reference.run import Run, mask_of, need_finite

@@ -12,7 +12,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from trainlet.ops import Conv2d, conv_out_hw
+from trainlet.attrs import Conv2d
+from trainlet.ops import conv_out_hw
 from trainlet.reference.arithmetic import Tensor
 
 F32: Final[np.dtype[Any]] = np.dtype(np.float32)

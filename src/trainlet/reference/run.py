@@ -9,9 +9,9 @@ from typing import Final
 
 import numpy as np
 
+from trainlet.attrs import MaskFrom, SelectChannels
 from trainlet.errors import MismatchError
 from trainlet.ir import Graph, Node, QParams, Value
-from trainlet.ops import MaskFrom, SelectChannels
 from trainlet.reference.arithmetic import Tensor, key
 from trainlet.reference.rounding import Rounding
 

@@ -16,10 +16,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from trainlet.attrs import Conv2d
 from trainlet.compiler import compile_model
 from trainlet.errors import UsageError
 from trainlet.ir import Graph, Node
-from trainlet.ops import Conv2d
 from trainlet.scheme import UpdateScheme, selected_channels, trainable_layers
 from trainlet.select.jobs import Result, Spec
 from trainlet.select.problem import RATIOS, Contributions

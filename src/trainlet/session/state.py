@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from trainlet.attrs import FusedDw, FusedDx, RoundGrad, SgdWeight
 from trainlet.errors import UsageError
 from trainlet.ir import Array, Graph, Node
 from trainlet.layout import HEADER_BYTES, StateLayout
-from trainlet.ops import FusedDw, FusedDx, RoundGrad, SgdWeight
 from trainlet.verify.graph import MAX_BIAS, NUMPY_DTYPE
 
 MAX_RHO = 60

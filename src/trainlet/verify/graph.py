@@ -9,21 +9,9 @@ from dataclasses import fields
 
 import numpy as np
 
+from trainlet.attrs import Add, Attrs, Conv2d, FusedDx, Mask, MaskFrom, RoundGrad, SelectChannels
 from trainlet.ir import Array, Graph, Kind, Node, Stage
-from trainlet.ops import (
-    DTYPE_BITS,
-    OPS,
-    Add,
-    Attrs,
-    Conv2d,
-    FusedDx,
-    Mask,
-    MaskFrom,
-    RoundGrad,
-    RuleError,
-    SelectChannels,
-    fan_in,
-)
+from trainlet.ops import DTYPE_BITS, OPS, RuleError, fan_in
 from trainlet.verify.errors import check, fail
 
 MAX_SIZE = 65535  # rows, columns and channels, see csrc/kernels/tl.h

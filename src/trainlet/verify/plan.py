@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from trainlet.attrs import Stream
 from trainlet.ir import Graph, Kind, Value
-from trainlet.ops import Stream, dtype_bits
+from trainlet.ops import dtype_bits
 from trainlet.verify.errors import check, fail, node_label
 
 ALIGNMENT = 4

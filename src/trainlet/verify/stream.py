@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from trainlet.attrs import Conv2d, Stream
 from trainlet.ir import Graph, Node, Value
-from trainlet.ops import Conv2d, Stream, dtype_bits
+from trainlet.ops import dtype_bits
 from trainlet.verify.errors import check
 
 
