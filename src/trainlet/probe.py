@@ -137,9 +137,15 @@ class _Host(HostSession):
     def record(self, probed: Probed) -> _Recorder:
         recorder = _Recorder(probed, self._piece)
         self._callback = ctypes.CFUNCTYPE(None, ctypes.c_int32, ctypes.c_int32)(recorder.reached)
-        hook = ctypes.c_void_p.in_dll(self._lib, f"{_PROBE}_hook")
-        hook.value = ctypes.cast(self._callback, ctypes.c_void_p).value
+        self._hook(ctypes.cast(self._callback, ctypes.c_void_p).value)
         return recorder
+
+    def forget(self) -> None:
+        """Takes the recorder away: another session of this program gets the same library, and would call it."""
+        self._hook(None)
+
+    def _hook(self, address: int | None) -> None:
+        ctypes.c_void_p.in_dll(self._lib, f"{_PROBE}_hook").value = address
 
     def _piece(self, place: str, at: int, nbytes: int) -> bytes:
         if place == "exponent":
@@ -168,6 +174,7 @@ def first_difference(compiled: Compiled, make: Make, target: Target, shape: tupl
         for session in (host, device):
             run_step(session, *synthetic_step(shape, step, host.classes))
     finally:
+        host.forget()
         device.close()
     return _first(probed.points, *(r.events for r in records))
 
