@@ -30,7 +30,7 @@ from statistics_of_pairs import Pairs, compare
 
 from trainlet.frontends import load
 from trainlet.ir import Graph
-from trainlet.train import DEFAULT_LR, epoch_order, learning_rate
+from trainlet.train import epoch_order, learning_rate
 
 RESULTS: Final = Path(__file__).parent / "results"
 ENGINE_BITS: Final = {"8 bits": 8, "12 bits": 12, "16 bits": 16, "head only": 8}
@@ -242,7 +242,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants to run")
     p.add_argument("--epochs", type=int, default=4)
-    p.add_argument("--lr", type=float, default=DEFAULT_LR)
+    p.add_argument("--lr", type=float, default=0.1 / 256)
     p.add_argument("--jobs", type=int, default=2, help="processes at a time")
     p.add_argument("--out", type=Path, default=RESULTS / "accuracy", help="folder of the runs")
     p.add_argument("--summary", type=Path, default=RESULTS / "accuracy.json")

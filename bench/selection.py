@@ -89,7 +89,7 @@ def variants(c: Contributions, limit: PlannedLimit, selected: Choice, published:
         variant("head", Choice(0)),
     ]
     for share in SHARES:
-        smaller = PlannedLimit(limit.graph, limit.target, int(share * limit.most))
+        smaller = limit.narrowed(int(share * limit.most))
         try:
             found.append(variant(f"selected, {share:.0%} of the SRAM", exact(c, smaller).choice))
         except OverBudgetError:

@@ -383,7 +383,7 @@ def test_resume_with_another_rate_is_refused(files: Path, tmp_path: Path, run: R
     assert run(*train_args(files, tmp_path, "--epochs", 1))[0] == 0
     code, error, _ = run(*train_args(files, tmp_path, "--epochs", 1, "--lr", 0.5, "--resume"))
     assert code == 2
-    assert "the run has other settings: lr was 0.000390625, now 0.5" in error["error"]
+    assert "the run has other settings: lr was 0.001953125, now 0.5" in error["error"]
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,11 @@ from trainlet.errors import MismatchError, OverBudgetError, UsageError
 from trainlet.scheme import UpdateScheme, trainable_layers
 from trainlet.select import runs
 from trainlet.select.analyze import QUICK, STANDARD, Effort, Runner, analyze
+from trainlet.select.baselines import BASELINES
 from trainlet.select.cheap import LR, agreement, cheap_contributions, gradient_job, spearman
 from trainlet.select.choose import choose, compare, long_rivals, short_rivals
+from trainlet.select.cuts import Selector
+from trainlet.select.evolution import evolution
 from trainlet.select.exact import exact
 from trainlet.select.jobs import Clock, JobStore, job_key
 from trainlet.select.limits import PlannedLimit
@@ -36,7 +39,7 @@ from trainlet.train import Silent
 SHORT = Length(60, 24, 2)
 RATE = 0.03
 STEM, DEPTHWISE, PROJECT = "stem", "block.depthwise", "block.project"
-TINY = Effort("tiny", SHORT, 2, 3, None, 2, (0.25, 0.5), 12, Length(60, 24, 3), 1)
+TINY = Effort("tiny", SHORT, 2, 3, None, 2, (0.25, 0.5), 12, Length(60, 24, 3), 1, 3)
 
 
 class Inline:
@@ -182,7 +185,7 @@ class Known(Runner):
 
     def train(self, title: str, runs: Any, length: Length, lr: float | None = None) -> list[dict[str, Any]]:
         self.asked += [s for s, _ in runs]
-        return [{"loss": self.loss(s, seed), "problem": ""} for s, seed in runs]
+        return [{"loss": self.loss(s, seed), "accuracy": 0.5, "problem": ""} for s, seed in runs]
 
     def loss(self, scheme: UpdateScheme, seed: int) -> float | None:
         if self.diverges & set(scheme.weights):
@@ -266,6 +269,40 @@ def test_an_analysis_is_done_once_and_ends_in_a_choice_that_is_worth_it(runner: 
     data = contributions_json(chosen.analyses[0])
     assert contributions_svg(data) == contributions_svg(contributions_json(again.analyses[0]))
     assert data["rank_correlation"]["fisher"]["weights"] is not None
+
+
+class InTheWay(Known):
+    """Weights of two layers, each good alone, spoil each other's work: their gains do not add up."""
+
+    def loss(self, scheme: UpdateScheme, seed: int) -> float | None:
+        loss = super().loss(scheme, seed)
+        return loss if loss is None or len(scheme.weights) < 2 else loss + 0.6
+
+
+@pytest.mark.parametrize(("kind", "depth", "weights"), [(Known, 3, {STEM, PROJECT}), (InTheWay, 2, {PROJECT})])
+@pytest.mark.parametrize("selector", [exact, evolution])
+def test_training_decides_between_the_best_sums(
+    study: Study, kind: type[Known], depth: int, weights: set[str], selector: Selector
+) -> None:
+    limit = PlannedLimit(study.graph, None, 1 << 20)
+    chosen = choose(kind(study), TINY, [8], limit, selector, 0)
+    choice = chosen.selection.choice
+    assert (choice.depth, set(choice.weights)) == (depth, weights)
+    assert chosen.selection.cost == limit.cost(choice)
+    assert [p.scheme for p in chosen.finalists] == ["depth 3", "depth 2", "depth 1"]
+    losses = [p.loss for p in chosen.finalists if p.loss is not None]
+    assert chosen.finalists[3 - depth].loss == min(losses)
+
+    as_summed = choose(kind(study), TINY, [8], limit, selector, 0, finalists=1)
+    assert set(as_summed.selection.choice.weights) == {STEM, PROJECT}
+    assert as_summed.finalists == ()
+    for chose in (chosen, as_summed):
+        assert chose.selection.bound is None or chose.selection.bound >= chose.selection.choice.value
+
+
+def test_methods_that_look_for_no_best_sum_have_no_finalists(study: Study) -> None:
+    chosen = choose(Known(study), TINY, [8], PlannedLimit(study.graph, None, 1 << 20), BASELINES["last"], 0)
+    assert (chosen.finalists, chosen.selection.choice.depth) == ((), 3)
 
 
 def test_where_nothing_fits_nothing_is_run(runner: Runner) -> None:

@@ -64,6 +64,9 @@ def test_it_ends_with_a_scheme_that_fits_and_is_worth_it(files: Path, tmp_path: 
     assert found["held_out_loss"] < found["bias_only_loss"]
     assert found["held_out_loss"] < found["head_only_loss"]
     assert found["gap"] == 0
+    finals = [p["loss"] for p in found["finalists"]]
+    assert len(finals) > 1
+    assert found["held_out_loss"] == min(finals)
 
     scheme = load_scheme(found["scheme"], int8_chain())
     assert dict(scheme.weights) == found["weights"]
@@ -111,6 +114,7 @@ REFUSED = {
     "an unknown method": (("--sram", "8K", "--method", "luck"), 2, "luck"),
     "a width that there is not": (("--sram", "8K", "--bits", "8,9"), 2, "'9' is no width"),
     "a drop without freezing": (("--sram", "8K", "--max-drop", "0.1"), 2, "--max-drop"),
+    "no finalist": (("--sram", "8K", "--finalists", "0"), 2, "--finalists 0"),
     "no process": (("--sram", "8K", "--jobs", "0"), 2, "--jobs 0"),
     "a seed below 0": (("--sram", "8K", "--seed", "-1"), 2, "--seed"),
     "a rate that is none": (("--sram", "8K", "--lr", "0"), 2, "learning rate"),

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from trainlet.scheme import UpdateScheme
     from trainlet.select.analyze import Effort
     from trainlet.select.choose import Chosen
-    from trainlet.select.limits import PlannedLimit
     from trainlet.select.report import Point
     from trainlet.targets import Target
 
@@ -37,11 +36,15 @@ def select(
     max_drop: Annotated[
         float | None, typer.Option(help="With freeze: go on freezing while the loss rises by no more than this.")
     ] = None,
+    finalists: Annotated[
+        int | None,
+        typer.Option(help="Choices, each the best of a depth, to train before one is taken; 1: the best sum as it is."),
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each.")] = 2,
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler, to run on its workers.")] = None,
     seed: Annotated[int, typer.Option(help="The first one of runs, and of evolution.")] = 0,
     lr: Annotated[
-        float | None, typer.Option(help="Peak learning rate of all runs. [default: 0.1/256; the head alone 1/256]")
+        float | None, typer.Option(help="Peak learning rate of all runs. [default: 0.5/256; the head alone 1/256]")
     ] = None,
     resize: Annotated[str, typer.Option(help="crop (shorter side, then the center) or squeeze.")] = "crop",
     no_measure: Annotated[
@@ -65,6 +68,8 @@ def select(
     widths, selector = _widths(bits), find_selector(method, max_drop)
     if not 0 <= seed < 1 << 31:
         raise UsageError(f"--seed {seed}: give a whole number from 0 to {(1 << 31) - 1}")
+    if finalists is not None and finalists < 1:
+        raise UsageError(f"--finalists {finalists}: give 1 or more; 1 takes the best sum of contributions as it is")
     if lr is not None:
         TrainConfig(1, lr)  # refuses what is no rate
     chip = with_limits(find_target(target), parse_size(sram))
@@ -73,18 +78,14 @@ def select(
     progress = RichProgress()
     with JobStore(prepare_out(out) / FILE) as store:
         study = open_study(graph, data, resize, out / "cache")
-
-        def limited(most: int) -> PlannedLimit:
-            return PlannedLimit(study.graph, None if no_measure else chip, most)
-
-        limit = limited(chip.sram_bytes)
+        limit = PlannedLimit(study.graph, None if no_measure else chip, chip.sram_bytes)
         executor = open_executor(jobs, scheduler)
         try:
             runner = Runner(study, store, executor, progress, Clock(executor.workers), lr)
-            chosen = choose(runner, effort, widths, limit, selector, seed)
+            chosen = choose(runner, effort, widths, limit, selector, seed, finalists)
             scheme = final_scheme(chosen)
             measured = {} if no_measure else _measured(study.graph, scheme, chip)
-            rivals = short_rivals(chosen, limit) if quick else long_rivals(chosen, limit, limited)
+            rivals = short_rivals(chosen, limit) if quick else long_rivals(chosen, limit, limit.narrowed)
             points = compare(runner, effort, rivals, limit, chosen.contributions.layers, seed)
         finally:
             executor.close()
@@ -135,9 +136,10 @@ def _report(
     out: Path, scheme: UpdateScheme, chosen: Chosen, points: list[Point], found: dict[str, Any], effort: Effort
 ) -> Report:
     """Writes the files, and says what is in them."""
-    from trainlet.select.report import selection_json, write_report
+    from trainlet.select.report import points_json, selection_json, write_report
 
     selection = {**selection_json(chosen.selection, chosen.steps), "noise": chosen.contributions.noise}
+    selection["finalists"] = points_json(chosen.finalists)
     files = write_report(out, scheme, chosen.analyses, selection, points, found)
     losses = {p.scheme: p.loss for p in points}
     biases = [p.loss for p in points if p.series == "biases" and p.ram_bytes <= found["limit_bytes"]]
@@ -150,6 +152,7 @@ def _report(
         (p.scheme, p.series, grouped(p.ram_bytes), _number(p.loss), _number(p.accuracy), p.problem)
         for p in sorted(points, key=lambda p: p.ram_bytes)
     ]
+    finals = [(p.scheme, grouped(p.ram_bytes), _number(p.loss)) for p in chosen.finalists]
     chosen_rows = [("biases", f"of the last {selection['depth']} layers")]
     chosen_rows += [(layer, f"{ratio:g} of its input channels") for layer, ratio in selection["weights"].items()]
     memory = [(k, grouped(found[k])) for k in ("ram_bytes", "limit_bytes") if k in found]
@@ -160,7 +163,9 @@ def _report(
         Table(f"trained the same way, {images}", ("scheme", "", "SRAM, planned bytes", "loss", "accuracy", ""), rows),
     ]
     lines = [f"scheme: {files['scheme']}", f"report: {files['report']}"]
-    data = {**found, **summary, **selection, "search": None, **files}
+    if finals:
+        tables.insert(1, Table("finalists, the lowest loss is taken", ("best sum of", "SRAM", "loss"), finals))
+    data = {**found, **summary, **selection, **files}
     del data["search"]
     return Report({**data, "points": [{"scheme": p.scheme, "loss": p.loss} for p in points]}, tables, lines)
 

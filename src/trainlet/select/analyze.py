@@ -41,7 +41,7 @@ Feasible = Callable[[Choice], bool]
 class Effort:
     """How much an analysis measures. ``depths``: of the coarse grid; ``screened``: layers whose weights are measured,
     by cheap score, or None for all; ``refined``: how many of them also at ``ratios``; ``final``: of the runs that
-    compare finished schemes."""
+    compare finished schemes; ``finalists``: depths whose best choices are trained before one is taken."""
 
     name: str
     length: Length
@@ -53,12 +53,13 @@ class Effort:
     gradients: int
     final: Length
     final_seeds: int
+    finalists: int
 
 
 STANDARD: Final = Effort(
-    "standard", Length(1200, 500, 3), 2, 10, None, 10, (0.125, 0.25, 0.5), 128, Length(1200, 500, 6), 2
+    "standard", Length(1200, 500, 3), 2, 10, None, 10, (0.125, 0.25, 0.5), 128, Length(1200, 500, 6), 2, 6
 )
-QUICK: Final = Effort("quick", Length(480, 300, 3), 1, 6, 14, 8, (0.25,), 64, Length(600, 300, 6), 1)
+QUICK: Final = Effort("quick", Length(480, 300, 3), 1, 6, 14, 8, (0.25,), 64, Length(600, 300, 6), 1, 4)
 
 
 @dataclass
@@ -86,9 +87,7 @@ class Runner:
 
     def _run(self, title: str, work: Callable[..., Result], specs: list[Mapping[str, Any]]) -> list[Result]:
         bound = partial(work, self.study.place)
-        return run_jobs(
-            self.store, self.executor, bound, specs, title=title, progress=self.progress, clock=self.clock
-        )
+        return run_jobs(self.store, self.executor, bound, specs, title=title, progress=self.progress, clock=self.clock)
 
 
 def _plain(scheme: UpdateScheme) -> UpdateScheme:

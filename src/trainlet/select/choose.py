@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """From contributions to a finished choice, and what the choice is worth: trained the same way as the published schemes,
-the last layers, biases and the head alone."""
+the last layers, biases and the head alone.
+
+Contributions are measured one at a time, and what they add up to is not what training all of them gives: biases do part
+of the work of weights, and weights of each other's. So the best sum is not the end: the best choices of several depths
+and the published schemes that fit are trained, and the one with the lowest held-out loss is taken."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -23,17 +28,21 @@ from trainlet.select.report import Point
 NAME: Final = "selected"
 SHARES: Final = (0.6, 0.8)
 """Of the limit: where a standard comparison selects too, so that it shows a curve."""
+SEARCHES: Final = ("exact", "evolution")
+"""Methods that look for the best sum."""
 LAST: Final = (3, 6, 9, 12)  # layers of last:K in a standard comparison
 BIASES: Final = (0.25, 0.5, 0.75)  # of all layers, of bias:K in a standard comparison
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A selection, what it was made from (an analysis for each width of a weight), and the course of the search."""
+    """A selection, what it was made from (an analysis for each width of a weight), the course of the search, and the
+    finalists that were trained to decide; none where the best sum was taken as it was."""
 
     analyses: tuple[Analysis, ...]
     selection: Selection
     steps: tuple[Step, ...]
+    finalists: tuple[Point, ...] = ()
 
     @property
     def contributions(self) -> Contributions:
@@ -54,21 +63,61 @@ def find_selector(method: str, max_drop: float | None) -> Selector:
 
 
 def choose(
-    runner: Runner, effort: Effort, bits: Sequence[int], limit: SearchLimit, selector: Selector, seed: int
+    runner: Runner,
+    effort: Effort,
+    bits: Sequence[int],
+    limit: SearchLimit,
+    selector: Selector,
+    seed: int,
+    finalists: int | None = None,
 ) -> Chosen:
-    """Analyzes and selects. Raises what ``analyze`` and selectors raise: OverBudgetError where nothing fits."""
-
-    def feasible(choice: Choice) -> bool:
-        return may_fit(limit, choice) and limit.fits(choice)
-
-    if not feasible(Choice(0)):
+    """Analyzes, selects, and trains the best choices of ``finalists`` depths to decide (see ``decide``): None for as
+    many as the effort says, 1 for the best sum as it is, as with methods that look for none. Raises what ``analyze``
+    and selectors raise: OverBudgetError where nothing fits."""
+    if not _fits(limit, Choice(0)):
         raise limit.refusal(bits[0])
-    analyses = tuple(analyze(runner, effort, b, seed, feasible) for b in bits)
+    analyses = tuple(analyze(runner, effort, b, seed, partial(_fits, limit)) for b in bits)
     steps: list[Step] = []
     every = [a.contributions for a in analyses]
     runner.progress.line("selecting under the limit")
     selection = best_over_bits(selector, every, limit, seed=seed, progress=steps.append)
-    return Chosen(analyses, selection, tuple(steps))
+    chosen = Chosen(analyses, selection, tuple(steps))
+    count = effort.finalists if finalists is None else finalists
+    if count <= 1 or selection.method not in SEARCHES:
+        return chosen
+    return decide(runner, effort, chosen, limit, selector, seed, count)
+
+
+def decide(
+    runner: Runner, effort: Effort, chosen: Chosen, limit: SearchLimit, selector: Selector, seed: int, count: int
+) -> Chosen:
+    """The choice, of the best sum, the best sums of other depths (``count`` depths in all) and the published schemes
+    that fit, whose training ends at the lowest held-out loss."""
+    runner.progress.line("selecting at other depths")
+    depths = [m.depth for m in _analysis(chosen).measured if not m.layer and m.depth]
+    others = [found for k in depths if (found := _at_depth(chosen, limit, selector, k, seed))]
+    best = sorted(others, key=lambda s: -s.choice.value)
+    names = published_choices(chosen.contributions, limit)
+    published = {n: c for n, c in names.items() if _fits(limit, c) and limit.confirm(c)}
+    rivals = [("selected", f"depth {s.choice.depth}", s.choice) for s in (chosen.selection, *best)]
+    finalists = [*_first_of_equals(rivals)[:count], *(("published", n, c) for n, c in published.items())]
+    finalists = _first_of_equals(finalists)
+    points = compare(runner, effort, finalists, limit, chosen.contributions.layers, seed)
+    losses = [math.inf if p.loss is None else p.loss for p in points]
+    winner = finalists[losses.index(min(losses))][-1]
+    selection = replace(chosen.selection, choice=winner, cost=limit.cost(winner))
+    return replace(chosen, selection=selection, finalists=tuple(points))
+
+
+def _analysis(chosen: Chosen) -> Analysis:
+    return next(a for a in chosen.analyses if a.contributions is chosen.contributions)
+
+
+def _at_depth(chosen: Chosen, limit: SearchLimit, selector: Selector, depth: int, seed: int) -> Selection | None:
+    """What is selected where no other biases than those of the last ``depth`` layers may train; None for nothing."""
+    c = chosen.contributions
+    found = selector(replace(c, biases={depth: c.biases[depth]}), limit, seed=seed)
+    return found if found.choice.depth else None
 
 
 # --- what it is worth -------------------------------------------------------------------------------------------
@@ -108,8 +157,12 @@ def long_rivals(
     found += [("last layers", f"last:{k}", last_choice(c, k)) for k in LAST if k < n]
     found += [("biases", f"bias:{k}", bias_choice(c, k)) for share in BIASES if (k := round(share * n)) > 0]
     found.append(("full", "full", last_choice(c, n)))
+    return _first_of_equals(found)
+
+
+def _first_of_equals(rivals: Iterable[Rival]) -> list[Rival]:
     first: dict[object, Rival] = {}
-    for rival in found:
+    for rival in rivals:
         first.setdefault(_trained(rival[2]), rival)
     return list(first.values())
 
