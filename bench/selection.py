@@ -2,16 +2,23 @@
 """What a selected scheme is worth: validation accuracy of the selected, the published, the last-k and the bias-only
 scheme, each the largest or best that fits the SRAM of the published one, and of last-k schemes that need more.
 
-Selection sees training images alone; what it is judged by here, the validation images, it never opens. Every run is a
-job in --out: interrupt and start again as you like.
+Selection and the choice of each scheme's learning rate see training images alone; what they are judged by here, the
+validation images, they never open. Every run is a job in --out: interrupt and start again as you like.
 
     TRAINLET_ASSETS=... python bench/selection.py [--data trashnet] [--seeds 0 1 2] [--quick] [--json]
+    TRAINLET_ASSETS=... python bench/selection.py --sram 64KB       under another limit, without the published scheme
+
+The data set "fashion" is 2,000 training and 2,000 test images of Fashion-MNIST, from Debian's dataset-fashion-mnist.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gzip
 import json
+import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +26,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 from protocol import assets, resize_of
 
 from trainlet.cli.output import RichProgress
@@ -27,21 +36,26 @@ from trainlet.errors import OverBudgetError
 from trainlet.frontends import load
 from trainlet.scheme import UpdateScheme, extra_memory_bytes, resolve
 from trainlet.select.analyze import QUICK, STANDARD, Effort, Runner
-from trainlet.select.baselines import BASELINES, last_choice
-from trainlet.select.choose import choose
+from trainlet.select.baselines import BASELINES, bias_choice, last_choice
+from trainlet.select.choose import Chosen, choose, pick
 from trainlet.select.exact import exact
 from trainlet.select.jobs import Clock, Executor, JobStore, LocalExecutor, Result, Spec, run_jobs
 from trainlet.select.limits import PlannedLimit
 from trainlet.select.problem import Choice, Contributions
-from trainlet.select.runs import Length, Part, Place, Study, feed, load_place, open_study, train
+from trainlet.select.report import points_json
+from trainlet.select.runs import Length, Part, Place, feed, load_place, open_study, train, train_job
 from trainlet.session.host import HostSession
-from trainlet.targets import TARGETS
+from trainlet.targets import TARGETS, parse_size
 from trainlet.train import evaluate
 
 RESULTS: Final = Path(__file__).parent / "results"
 SHARES: Final = (0.5, 0.7)
 """Of the limit, where a smaller scheme is selected too."""
 LAST: Final = (3, 6, 9, 12)
+WHOLE: Final = 1 << 31  # images: all there are
+RATE_SEED: Final = 17  # of the runs that choose a rate
+FASHION: Final = Path("/usr/share/datasets/fashion-mnist")
+PER_CLASS: Final = 200  # of Fashion-MNIST, for training and for validation
 
 
 @dataclass(frozen=True)
@@ -68,33 +82,58 @@ def judge(place: Place, spec: Spec) -> Result:
     return {"accuracy": found.accuracy, "loss": found.loss}
 
 
-def spec_of(study: Study, scheme: UpdateScheme, epochs: int, seed: int) -> Spec:
-    """A job of ``judge``."""
-    return {**study.train_spec(scheme, Length(1 << 31, 1, epochs), seed), "kind": "judge"}
+def tuned(runner: Runner, schemes: Sequence[UpdateScheme], args: argparse.Namespace) -> list[float]:
+    """For each scheme the rate of ``--rates`` that ends at the lowest held-out loss; of the head alone, that of itself
+    among them. A quarter of the training images judges."""
+    length = Length(WHOLE, WHOLE, args.epochs)
+    rates = [r / 256 for r in args.rates]
+    specs = [runner.study.train_spec(s, length, RATE_SEED, rate) for s in schemes for rate in rates]
+    work = partial(train_job, runner.study.place)
+    found = run_jobs(
+        runner.store, runner.executor, work, specs, title="rates", progress=runner.progress, clock=runner.clock
+    )
+    losses = [math.inf if r["loss"] is None else float(r["loss"]) for r in found]
+    groups = [losses[i : i + len(rates)] for i in range(0, len(losses), len(rates))]
+    return [rates[g.index(min(g))] for g in groups]
 
 
-def variants(c: Contributions, limit: PlannedLimit, selected: Choice, published: str) -> list[Variant]:
-    """Selected, published, last-k and bias-only under one limit; selected under less; last-k with more; the head."""
+def variants(
+    runner: Runner, effort: Effort, chosen: Chosen, limit: PlannedLimit, published: UpdateScheme | None
+) -> list[Variant]:
+    """Under the limit: selected, last-k, bias-only and the head. With a published scheme, that, what is selected under
+    less, and last-k with more."""
+    c = chosen.contributions
 
     def variant(name: str, choice: Choice) -> Variant:
         extra = extra_memory_bytes(limit.graph, choice.scheme(c.layers, name))
         return Variant(name, choice, limit.cost(choice), extra)
 
-    scheme = resolve(published, limit.graph, c.bits)
     found = [
-        variant("selected", selected),
-        variant("published", Choice(len(scheme.biases), dict(scheme.weights), c.bits)),
+        variant("selected", chosen.selection.choice),
         variant("last-k", BASELINES["last"](c, limit).choice),
-        variant("bias-only", BASELINES["bias"](c, limit).choice),
+        variant("bias-only", best_biases(c, limit)),
         variant("head", Choice(0)),
     ]
+    if published is None:
+        return found
+    found.append(variant("published", choice_of(published)))
     for share in SHARES:
         smaller = limit.narrowed(int(share * limit.most))
-        try:
-            found.append(variant(f"selected, {share:.0%} of the SRAM", exact(c, smaller).choice))
-        except OverBudgetError:
-            continue
+        with contextlib.suppress(OverBudgetError):
+            picked = pick(runner, effort, chosen.analyses, smaller, exact, 0)
+            found.append(variant(f"selected, {share:.0%} of the SRAM", picked.selection.choice))
     return [*found, *(variant(f"last:{k}", last_choice(c, k)) for k in LAST)]
+
+
+def best_biases(c: Contributions, limit: PlannedLimit) -> Choice:
+    """Of the biases of the last k layers that fit, those that gained most in the analysis."""
+    by_gain = sorted(c.biases, key=lambda k: -c.biases[k])
+    return next(choice for k in by_gain if limit.fits(choice := bias_choice(c, k)))
+
+
+def choice_of(scheme: UpdateScheme) -> Choice:
+    """A published scheme trains the biases of its last layers, so it is a choice."""
+    return Choice(len(scheme.biases), dict(scheme.weights), scheme.bits)
 
 
 def bench(args: argparse.Namespace, data: str, effort: Effort, executor: Executor) -> dict[str, Any]:
@@ -102,31 +141,53 @@ def bench(args: argparse.Namespace, data: str, effort: Effort, executor: Executo
     out = args.out / data
     out.mkdir(parents=True, exist_ok=True)
     model = load(assets() / "models" / f"{args.model}.pkl")
-    study = open_study(model, assets() / "data" / data, resize_of(data), out / "cache")
-    progress = RichProgress()
+    folder = fashion(out) if data == "fashion" else assets() / "data" / data
+    study = open_study(model, folder, resize_of(data), out / "cache")
     with JobStore(out / "jobs.sqlite") as store:
-        runner = Runner(study, store, executor, progress, Clock(executor.workers))
-        scheme = resolve(args.published, study.graph)
-        chip = TARGETS["stm32f746"]
-        same = PlannedLimit(study.graph, chip).link(Choice(len(scheme.biases), dict(scheme.weights))).ram
-        limit = PlannedLimit(study.graph, chip, same)
+        runner = Runner(study, store, executor, RichProgress(), Clock(executor.workers))
+        limit = PlannedLimit(study.graph, TARGETS["stm32f746"])
+        published = None if args.sram else resolve(args.published, study.graph)
+        most = limit.link(choice_of(published)).ram if published else parse_size(args.sram)
+        limit = limit.narrowed(most)
         chosen = choose(runner, effort, [8], limit, exact, 0)
-        rows = variants(chosen.contributions, limit, chosen.selection.choice, args.published)
+        rows = variants(runner, effort, chosen, limit, published)
         layers = chosen.contributions.layers
         schemes = [v.choice.scheme(layers, v.name) for v in rows]
-        specs = [spec_of(study, s, args.epochs, seed) for s in schemes for seed in args.seeds]
+        rates = tuned(runner, schemes, args)
+        specs = [
+            {**study.train_spec(s, Length(WHOLE, 1, args.epochs), seed, rate), "kind": "judge"}
+            for s, rate in zip(schemes, rates, strict=True)
+            for seed in args.seeds
+        ]
         work = partial(judge, study.place)
-        found = run_jobs(store, executor, work, specs, title=data, progress=progress, clock=runner.clock)
+        found = run_jobs(store, executor, work, specs, title=data, progress=runner.progress, clock=runner.clock)
     n = len(args.seeds)
     groups = [found[i : i + n] for i in range(0, len(found), n)]
+    table = [row(*each) for each in zip(rows, rates, groups, strict=True)]
     return {
-        "limit_bytes": same,
+        "limit_bytes": most,
         "rank_correlation": chosen.analyses[0].agreement,
-        "rows": [row(v, results) for v, results in zip(rows, groups, strict=True)],
+        "finalists": points_json(chosen.finalists),
+        "rows": table,
+        "saving": saving(table),
     }
 
 
-def row(v: Variant, results: Sequence[Result]) -> dict[str, Any]:
+def saving(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The best last-k scheme of any size, and the smallest selected one that is at least as accurate: how many times
+    less extra memory it takes. None where no selected one is."""
+    last = max((r for r in rows if r["name"].startswith("last:")), key=lambda r: r["accuracy_mean"], default=None)
+    if last is None:
+        return None
+    good = [r for r in rows if r["name"].startswith("selected") and r["accuracy_mean"] >= last["accuracy_mean"]]
+    if not good:
+        return None
+    least = min(good, key=lambda r: r["extra_memory_bytes"])
+    times = last["extra_memory_bytes"] / least["extra_memory_bytes"]
+    return {"last": last["name"], "selected": least["name"], "times_less_extra_memory": times}
+
+
+def row(v: Variant, rate: float, results: Sequence[Result]) -> dict[str, Any]:
     """One line of the result; the spread is the standard deviation over seeds."""
     accuracy, loss = ([float(r[k]) for r in results] for k in ("accuracy", "loss"))
     return {
@@ -135,6 +196,7 @@ def row(v: Variant, results: Sequence[Result]) -> dict[str, Any]:
         "weights": dict(v.choice.weights),
         "ram_bytes": v.ram_bytes,
         "extra_memory_bytes": v.extra_memory_bytes,
+        "rate_x256": 256 * rate,
         "accuracy": accuracy,
         "accuracy_mean": float(np.mean(accuracy)),
         "accuracy_spread": float(np.std(accuracy, ddof=1)) if len(accuracy) > 1 else None,
@@ -143,18 +205,68 @@ def row(v: Variant, results: Sequence[Result]) -> dict[str, Any]:
     }
 
 
-def table(found: Mapping[str, Any]) -> str:
+def means(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows that all data sets have, as means over them; the spread is that of a mean over seeds."""
+    kept = ("accuracy_mean", "loss_mean", "ram_bytes", "extra_memory_bytes")
+    every = [{r["name"]: r for r in result["rows"]} for result in found.values()]
+    rows = []
+    for name in (n for n in every[0] if all(n in rows for rows in every)):
+        mine = [rows[name] for rows in every]
+        by_seed = np.mean([r["accuracy"] for r in mine], axis=0)
+        spread = float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None
+        rows.append(
+            {"name": name, **{k: float(np.mean([r[k] for r in mine])) for k in kept}, "accuracy_spread": spread}
+        )
+    return rows
+
+
+def table(found: Mapping[str, Any], average: Sequence[Mapping[str, Any]]) -> str:
     """For people."""
     lines = ["validation accuracy in %: mean, spread over seeds; mean loss; SRAM and extra memory in KiB"]
     for data, result in found.items():
-        lines.append(f"{data}, under {result['limit_bytes']} bytes:")
-        for r in result["rows"]:
-            spread = "" if r["accuracy_spread"] is None else f"+- {100 * r['accuracy_spread']:.1f}"
-            lines.append(
-                f"  {r['name']:28} {100 * r['accuracy_mean']:5.1f} {spread:7} {r['loss_mean']:.3f} "
-                f"{r['ram_bytes'] / 1024:7.1f} {r['extra_memory_bytes'] / 1024:7.1f}"
-            )
-    return "\n".join(lines)
+        lines += [f"{data}, under {result['limit_bytes']} bytes:", *map(line, result["rows"])]
+        save = result["saving"]
+        if save:
+            times = save["times_less_extra_memory"]
+            lines.append(f"  {save['selected']}: as accurate as {save['last']} with {times:.1f}x less extra memory")
+    return "\n".join([*lines, "mean of all data sets:", *map(line, average)])
+
+
+def line(r: Mapping[str, Any]) -> str:
+    """One row for people."""
+    spread = "" if r["accuracy_spread"] is None else f"+- {100 * r['accuracy_spread']:.1f}"
+    sizes = f"{r['ram_bytes'] / 1024:7.1f} {r['extra_memory_bytes'] / 1024:7.1f}"
+    return f"  {r['name']:28} {100 * r['accuracy_mean']:5.1f} {spread:7} {r['loss_mean']:.3f} {sizes}"
+
+
+# --- Fashion-MNIST as a folder of images ------------------------------------------------------------------------
+
+
+def fashion(out: Path) -> Path:
+    """The folder, written where it is not yet there. Exits where Debian's package is not installed."""
+    folder = out / "images"
+    if folder.exists():
+        return folder
+    if not FASHION.exists():
+        raise SystemExit(f"{FASHION} is missing; apt-get install dataset-fashion-mnist, or leave fashion out of --data")
+    made = out / "images.part"
+    for split, prefix in (("train", "train"), ("val", "t10k")):
+        images, labels = (read_idx(FASHION / f"{prefix}-{what}-ubyte.gz") for what in ("images-idx3", "labels-idx1"))
+        for k in np.unique(labels):
+            of_class = made / split / str(k)
+            of_class.mkdir(parents=True, exist_ok=True)
+            for i in np.flatnonzero(labels == k)[:PER_CLASS]:
+                Image.fromarray(images[i]).save(of_class / f"{i:05}.png")
+    made.rename(folder)
+    return folder
+
+
+def read_idx(path: Path) -> NDArray[np.uint8]:
+    """An IDX file of bytes: 0, 0, type 8, number of axes, each axis as a 32-bit big-endian number, the bytes."""
+    data = gzip.decompress(path.read_bytes())
+    axes = data[3]
+    shape = struct.unpack_from(f">{axes}I", data, 4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
 
 
 def main() -> None:
@@ -162,9 +274,13 @@ def main() -> None:
     p = argparse.ArgumentParser(description="What a selected scheme is worth.")
     p.add_argument("--model", default="mcunet-5fps", help="name of a checkpoint in TRAINLET_ASSETS/models")
     p.add_argument("--published", default="99kb", help="the published scheme whose SRAM all others get")
-    p.add_argument("--data", nargs="+", default=["trashnet", "sign_digits", "voc07_person"])
+    p.add_argument("--sram", help="the limit instead, such as 64KB")
+    p.add_argument("--data", nargs="+", default=["trashnet", "sign_digits", "voc07_person", "fashion"])
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--epochs", type=int, default=8)
+    p.add_argument(
+        "--rates", nargs="+", type=float, default=[0.5, 1.0, 2.0], help="times 1/256; each scheme has its own"
+    )
     p.add_argument("--quick", action="store_true", help="a quick analysis")
     p.add_argument("--jobs", type=int, default=2, help="processes at a time")
     p.add_argument("--out", type=Path, default=Path("runs/selection"), help="folder of the runs")
@@ -177,11 +293,12 @@ def main() -> None:
         found = {data: bench(args, data, effort, executor) for data in args.data}
     finally:
         executor.close()
-    settings = {k: getattr(args, k) for k in ("model", "published", "seeds", "epochs")}
+    settings = {k: getattr(args, k) for k in ("model", "published", "sram", "seeds", "epochs", "rates")}
+    average = means(found)
     args.summary.parent.mkdir(parents=True, exist_ok=True)
-    everything = {"settings": {**settings, "effort": effort.name}, "data": found}
+    everything = {"settings": {**settings, "effort": effort.name}, "data": found, "means": average}
     args.summary.write_text(json.dumps(everything, indent=1) + "\n")
-    print(json.dumps(found) if args.json else table(found))
+    print(json.dumps(everything) if args.json else table(found, average))
 
 
 if __name__ == "__main__":

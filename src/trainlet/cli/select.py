@@ -85,7 +85,9 @@ def select(
             chosen = choose(runner, effort, widths, limit, selector, seed, finalists)
             scheme = final_scheme(chosen)
             measured = {} if no_measure else _measured(study.graph, scheme, chip)
-            rivals = short_rivals(chosen, limit) if quick else long_rivals(chosen, limit, limit.narrowed)
+            rivals = short_rivals(chosen, limit)
+            if not quick:
+                rivals = long_rivals(runner, effort, chosen, limit, limit.narrowed, selector, seed)
             points = compare(runner, effort, rivals, limit, chosen.contributions.layers, seed)
         finally:
             executor.close()

@@ -19,7 +19,6 @@ from trainlet.scheme import UpdateScheme
 from trainlet.select.analyze import Analysis, Effort, Runner, analyze
 from trainlet.select.baselines import bias_choice, last_choice, may_fit, published_choices
 from trainlet.select.cuts import SearchLimit, Selector, Step
-from trainlet.select.exact import exact
 from trainlet.select.freeze import freeze
 from trainlet.select.methods import best_over_bits, find_method
 from trainlet.select.problem import Choice, Contributions, Selection
@@ -32,6 +31,10 @@ SEARCHES: Final = ("exact", "evolution")
 """Methods that look for the best sum."""
 LAST: Final = (3, 6, 9, 12)  # layers of last:K in a standard comparison
 BIASES: Final = (0.25, 0.5, 0.75)  # of all layers, of bias:K in a standard comparison
+
+
+Rival = tuple[str, str, Choice]
+"""Series, name and choice."""
 
 
 @dataclass(frozen=True)
@@ -71,42 +74,51 @@ def choose(
     seed: int,
     finalists: int | None = None,
 ) -> Chosen:
-    """Analyzes, selects, and trains the best choices of ``finalists`` depths to decide (see ``decide``): None for as
-    many as the effort says, 1 for the best sum as it is, as with methods that look for none. Raises what ``analyze``
-    and selectors raise: OverBudgetError where nothing fits."""
+    """Analyzes and picks (see ``pick``). Raises what ``analyze`` and selectors raise: OverBudgetError where nothing
+    fits."""
     if not _fits(limit, Choice(0)):
         raise limit.refusal(bits[0])
     analyses = tuple(analyze(runner, effort, b, seed, partial(_fits, limit)) for b in bits)
+    return pick(runner, effort, analyses, limit, selector, seed, finalists)
+
+
+def pick(
+    runner: Runner,
+    effort: Effort,
+    analyses: tuple[Analysis, ...],
+    limit: SearchLimit,
+    selector: Selector,
+    seed: int,
+    finalists: int | None = None,
+) -> Chosen:
+    """What is selected from analyses that were made. The best choices of ``finalists`` depths are trained to decide:
+    None for as many as the effort says, 1 for the best sum as it is, as with methods that look for none.
+    OverBudgetError where nothing fits."""
     steps: list[Step] = []
     every = [a.contributions for a in analyses]
-    runner.progress.line("selecting under the limit")
+    runner.progress.line(f"selecting under {limit.most} bytes")
     selection = best_over_bits(selector, every, limit, seed=seed, progress=steps.append)
     chosen = Chosen(analyses, selection, tuple(steps))
     count = effort.finalists if finalists is None else finalists
     if count <= 1 or selection.method not in SEARCHES:
         return chosen
-    return decide(runner, effort, chosen, limit, selector, seed, count)
+    rivals = _finalists(chosen, limit, selector, seed, count)
+    points = compare(runner, effort, rivals, limit, chosen.contributions.layers, seed)
+    losses = [math.inf if p.loss is None else p.loss for p in points]
+    winner = rivals[losses.index(min(losses))][-1]
+    selection = replace(selection, choice=winner, cost=limit.cost(winner))
+    return replace(chosen, selection=selection, finalists=tuple(points))
 
 
-def decide(
-    runner: Runner, effort: Effort, chosen: Chosen, limit: SearchLimit, selector: Selector, seed: int, count: int
-) -> Chosen:
-    """The choice, of the best sum, the best sums of other depths (``count`` depths in all) and the published schemes
-    that fit, whose training ends at the lowest held-out loss."""
-    runner.progress.line("selecting at other depths")
+def _finalists(chosen: Chosen, limit: SearchLimit, selector: Selector, seed: int, count: int) -> list[Rival]:
+    """The best sums of ``count`` depths, that of all depths first, and the published schemes that fit."""
     depths = [m.depth for m in _analysis(chosen).measured if not m.layer and m.depth]
     others = [found for k in depths if (found := _at_depth(chosen, limit, selector, k, seed))]
-    best = sorted(others, key=lambda s: -s.choice.value)
-    names = published_choices(chosen.contributions, limit)
-    published = {n: c for n, c in names.items() if _fits(limit, c) and limit.confirm(c)}
-    rivals = [("selected", f"depth {s.choice.depth}", s.choice) for s in (chosen.selection, *best)]
-    finalists = [*_first_of_equals(rivals)[:count], *(("published", n, c) for n, c in published.items())]
-    finalists = _first_of_equals(finalists)
-    points = compare(runner, effort, finalists, limit, chosen.contributions.layers, seed)
-    losses = [math.inf if p.loss is None else p.loss for p in points]
-    winner = finalists[losses.index(min(losses))][-1]
-    selection = replace(chosen.selection, choice=winner, cost=limit.cost(winner))
-    return replace(chosen, selection=selection, finalists=tuple(points))
+    best = [chosen.selection, *sorted(others, key=lambda s: -s.choice.value)]
+    sums = [("selected", f"depth {s.choice.depth}", s.choice) for s in best]
+    published = published_choices(chosen.contributions, limit).items()
+    fitting = [("published", name, c) for name, c in published if _fits(limit, c) and limit.confirm(c)]
+    return _first_of_equals([*_first_of_equals(sums)[:count], *fitting])
 
 
 def _analysis(chosen: Chosen) -> Analysis:
@@ -121,9 +133,6 @@ def _at_depth(chosen: Chosen, limit: SearchLimit, selector: Selector, depth: int
 
 
 # --- what it is worth -------------------------------------------------------------------------------------------
-
-Rival = tuple[str, str, Choice]
-"""Series, name and choice."""
 
 
 def short_rivals(chosen: Chosen, limit: SearchLimit) -> list[Rival]:
@@ -140,18 +149,24 @@ def _fits(limit: SearchLimit, choice: Choice) -> bool:
 
 
 def long_rivals(
-    chosen: Chosen, limit: SearchLimit, smaller: Callable[[int], SearchLimit], selector: Selector = exact
+    runner: Runner,
+    effort: Effort,
+    chosen: Chosen,
+    limit: SearchLimit,
+    smaller: Callable[[int], SearchLimit],
+    selector: Selector,
+    seed: int,
 ) -> list[Rival]:
-    """Those, what is selected under ``SHARES`` of the limit (``smaller`` makes one of so many bytes), the published
+    """Those, what is picked under ``SHARES`` of the limit (``smaller`` makes one of so many bytes), the published
     schemes, last layers, biases and everything, whether or not they fit."""
     c, n = chosen.contributions, len(chosen.contributions.layers)
     found = short_rivals(chosen, limit)
     for share in SHARES:
         try:
-            selection = selector(c, smaller(int(share * limit.most)))
+            picked = pick(runner, effort, chosen.analyses, smaller(int(share * limit.most)), selector, seed)
         except OverBudgetError:
             continue
-        found.append(("selected", f"{NAME} under {share:.0%}", selection.choice))
+        found.append(("selected", f"{NAME} under {share:.0%}", picked.selection.choice))
     published = published_choices(c, limit)
     found += [("published", name, choice) for name, choice in published.items()]
     found += [("last layers", f"last:{k}", last_choice(c, k)) for k in LAST if k < n]
