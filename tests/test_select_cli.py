@@ -101,6 +101,12 @@ def test_the_measured_memory_is_under_the_limit(files: Path, tmp_path: Path, run
     code, plan, _ = run("plan", "--model", files / "chain.json", "--scheme", found["scheme"], *measure)
     assert (code, plan["ram_bytes"]) == (0, found["ram_bytes"])
 
+    most = found["instructions_per_step"] - 1
+    code, faster, _ = run(*words(files, tmp_path, "--sram", "4K", "--instructions", most))
+    assert code == 0
+    assert faster["instructions_per_step"] <= most
+    assert faster["value"] <= found["value"]
+
     code, refused, err = run(*words(files, tmp_path / "small", "--sram", "1K"))
     assert (code, refused["exit_code"]) == (4, 4)
     assert "Largest tensors at the peak" in err
@@ -114,6 +120,8 @@ REFUSED = {
     "an unknown method": (("--sram", "8K", "--method", "luck"), 2, "luck"),
     "a width that there is not": (("--sram", "8K", "--bits", "8,9"), 2, "'9' is no width"),
     "a drop without freezing": (("--sram", "8K", "--max-drop", "0.1"), 2, "--max-drop"),
+    "instructions that are no number": (("--sram", "8K", "--instructions", "few"), 2, "--instructions 'few'"),
+    "flash without a compiler": (("--sram", "8K", "--flash", "64K", "--no-measure"), 2, "leave --no-measure out"),
     "no finalist": (("--sram", "8K", "--finalists", "0"), 2, "--finalists 0"),
     "no process": (("--sram", "8K", "--jobs", "0"), 2, "--jobs 0"),
     "a seed below 0": (("--sram", "8K", "--seed", "-1"), 2, "--seed"),

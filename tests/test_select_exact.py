@@ -23,7 +23,6 @@ from trainlet.frontends import attach_head, load_checkpoint
 from trainlet.ir import Graph
 from trainlet.scheme import UpdateScheme, extra_memory_bytes, published_names, resolve, trainable_layers
 from trainlet.select import exact as exact_module
-from trainlet.select import limits as limits_module
 from trainlet.select.baselines import published_choices
 from trainlet.select.cuts import Cut, Option, Step, gap, options, overrun, strongest
 from trainlet.select.exact import exact
@@ -273,7 +272,7 @@ class FakeLink(PlannedLimit):
         return 100 + 8 * choice.depth + 20 * len(choice.weights)
 
     def link(self, choice: Choice) -> Linked:
-        key = limits_module._key(choice)
+        key = choice.key
         self._linked[key] = Linked(sum(self.planned(choice)) + self.beside(choice), self.flash)
         return self._linked[key]
 

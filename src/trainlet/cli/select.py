@@ -27,6 +27,10 @@ def select(
     data: Data,
     sram: Annotated[str, typer.Option(help="All the memory that training may take on the chip, such as 128K.")],
     out: Annotated[Path, typer.Option(help="Folder for the scheme, the report and finished runs; go on in the same.")],
+    flash: Annotated[str | None, typer.Option(help="All the flash there is. [default: the chip's]")] = None,
+    instructions: Annotated[
+        str | None, typer.Option(help="At most so many instructions in a training step, such as 130M.")
+    ] = None,
     target: Annotated[str, typer.Option(help="The chip; `trainlet targets` lists them.")] = "stm32f746",
     method: Annotated[
         str, typer.Option(help="exact, evolution or freeze; last, bias or published for comparison.")
@@ -61,7 +65,7 @@ def select(
     from trainlet.select.jobs import FILE, Clock, JobStore, open_executor
     from trainlet.select.limits import PlannedLimit
     from trainlet.select.runs import open_study
-    from trainlet.targets import find_target, parse_size, with_limits
+    from trainlet.targets import find_target, parse_count, parse_size, with_limits
     from trainlet.train import TrainConfig
 
     began = time.perf_counter()
@@ -72,13 +76,16 @@ def select(
         raise UsageError(f"--finalists {finalists}: give 1 or more; 1 takes the best sum of contributions as it is")
     if lr is not None:
         TrainConfig(1, lr)  # refuses what is no rate
-    chip = with_limits(find_target(target), parse_size(sram))
+    chip = with_limits(find_target(target), parse_size(sram), parse_size(flash, "--flash") if flash else None)
+    steps = parse_count(instructions, "--instructions") if instructions else None
+    if no_measure and (flash or steps):
+        raise UsageError("--flash and --instructions are measured; leave --no-measure out")
     graph = load_model(model)
     effort = QUICK if quick else STANDARD
     progress = RichProgress()
     with JobStore(prepare_out(out) / FILE) as store:
         study = open_study(graph, data, resize, out / "cache")
-        limit = PlannedLimit(study.graph, None if no_measure else chip, chip.sram_bytes)
+        limit = PlannedLimit(study.graph, None if no_measure else chip, chip.sram_bytes, instructions=steps)
         executor = open_executor(jobs, scheduler)
         try:
             runner = Runner(study, store, executor, progress, Clock(executor.workers), lr)
@@ -96,6 +103,7 @@ def select(
             "data": str(data),
             "target": chip.name,
             "limit_bytes": chip.sram_bytes,
+            "limit_instructions": steps,
             "effort": effort.name,
             "jobs": len(store),
             "seconds": round(time.perf_counter() - began, 1),

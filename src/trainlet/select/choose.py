@@ -178,13 +178,8 @@ def long_rivals(
 def _first_of_equals(rivals: Iterable[Rival]) -> list[Rival]:
     first: dict[object, Rival] = {}
     for rival in rivals:
-        first.setdefault(_trained(rival[2]), rival)
+        first.setdefault(rival[2].key, rival)
     return list(first.values())
-
-
-def _trained(choice: Choice) -> tuple[int, tuple[tuple[str, float], ...], int]:
-    """What is the same for equal schemes."""
-    return choice.depth, tuple(sorted(choice.weights.items())), choice.bits if choice.weights else 8
 
 
 def compare(

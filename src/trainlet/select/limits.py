@@ -21,18 +21,12 @@ from trainlet.plan import largest_alive
 from trainlet.scheme import UpdateScheme, check_scheme, extra_memory_bits, extra_memory_bytes, trainable_layers
 from trainlet.select.cuts import Cut, Option
 from trainlet.select.problem import Choice
+from trainlet.select.work import StepWork
 from trainlet.targets import MIB, Pool, Target
 
 _NAME: Final = "selected"
 _ROOM: Final = 16 * MIB
 """Programs are linked into this much, so that what does not fit has a size too."""
-
-_Key = tuple[int, int, tuple[Option, ...]]
-
-
-def _key(choice: Choice) -> _Key:
-    """What is the same for equal programs; bits are those of trained weights."""
-    return choice.depth, choice.bits if choice.weights else 8, tuple(sorted(choice.weights.items()))
 
 
 def _positive(most: int) -> int:
@@ -169,23 +163,31 @@ class PlannedLimit(_Model):
     ``most`` is the SRAM of the target, or less. ``confirm`` links a choice: its static SRAM and the deepest stack that
     its calls can reach, never below the ``ram_bytes`` of a measurement. ``cost`` is that figure where the choice has
     been linked; otherwise its plan and ``overhead``, the largest difference between the two so far, first that of the
-    head alone."""
+    head alone. With ``instructions`` no step executes more than so many on the target's core (see ``StepWork``)."""
 
     def __init__(
-        self, graph: Graph, target: Target | None = None, most: int | None = None, passes: Passes = ALL
+        self,
+        graph: Graph,
+        target: Target | None = None,
+        most: int | None = None,
+        passes: Passes = ALL,
+        instructions: int | None = None,
     ) -> None:
-        if most is None and target is None:
-            raise ValueError("a target or a number of bytes is needed")
+        if target is None and (most is None or instructions is not None):
+            raise ValueError("a target is needed, or a number of bytes and no limit of instructions")
         super().__init__(graph, target.sram_bytes if target and most is None else most or 0)
         self.target = target
         self.passes = passes
         self.plans = 0
         self._overhead: int | None = None if target else 0
-        self._planned: dict[_Key, tuple[int, int]] = {}
-        self._linked: dict[_Key, Linked] = {}
+        self._planned: dict[object, tuple[int, int]] = {}
+        self._linked: dict[object, Linked] = {}
         self._bases: dict[int, _Needs] = {}
         self._options: dict[tuple[int, Option], tuple[int, dict[str, int]]] = {}
         self._floors: dict[int, int] = {}
+        self.work: StepWork | None = None
+        if target and instructions:
+            self.work = StepWork(graph, target, instructions, self.deepest, self.selectable, passes)
 
     def narrowed(self, most: int) -> PlannedLimit:
         """The same limit with so many bytes; what either has planned or linked, the other knows."""
@@ -204,7 +206,7 @@ class PlannedLimit(_Model):
 
     def planned(self, choice: Choice) -> tuple[int, int]:
         """(arena, trained state) of the choice's plan, in bytes."""
-        key = _key(choice)
+        key = choice.key
         if key not in self._planned:
             p = plan_model(self.graph, choice.scheme(self.layers, _NAME), self.passes)
             self.plans += 1
@@ -214,7 +216,7 @@ class PlannedLimit(_Model):
 
     def cost(self, choice: Choice) -> int:
         """Bytes of SRAM."""
-        linked = self._linked.get(_key(choice))
+        linked = self._linked.get(choice.key)
         return linked.ram if linked else sum(self.planned(choice)) + self.overhead
 
     def fits(self, choice: Choice) -> bool:
@@ -224,7 +226,7 @@ class PlannedLimit(_Model):
     def link(self, choice: Choice) -> Linked:
         """Compiles and links the choice for the target's core. ToolMissingError without a compiler."""
         assert self.target is not None, "nothing is linked without a target"
-        key = _key(choice)
+        key = choice.key
         if key not in self._linked:
             compiled = compile_model(self.graph, choice.scheme(self.layers, _NAME), self.passes)
             self._planned[key] = compiled.plan.arena_bytes, compiled.state_bytes
@@ -234,11 +236,12 @@ class PlannedLimit(_Model):
         return self._linked[key]
 
     def _beside(self, choice: Choice) -> int:
-        return self.link(choice).ram - sum(self._planned[_key(choice)])
+        return self.link(choice).ram - sum(self._planned[choice.key])
 
     def confirm(self, choice: Choice) -> bool:
-        """Whether the linked program fits; where it has more beside arena and state than was known, ``overhead``
-        rises. OverBudgetError where its flash is too large: what trains changes that by little."""
+        """Whether the linked program fits, and executes few enough instructions; where it has more beside arena and
+        state than was known, ``overhead`` rises. OverBudgetError where its flash is too large: what trains changes that
+        by little."""
         if self.target is None:
             return self.fits(choice)
         linked, beside = self.link(choice), self._beside(choice)
@@ -250,10 +253,18 @@ class PlannedLimit(_Model):
         if linked.ram > self.most and beside > self.overhead:
             self._overhead = beside
             self.revision += 1
-        return linked.ram <= self.most
+        return linked.ram <= self.most and self._runs_in_time(choice)
+
+    def _runs_in_time(self, choice: Choice) -> bool:
+        if self.work is None or self.work.fits(choice):
+            return True
+        self.revision += 1
+        return False
 
     def refusal(self, bits: int) -> OverBudgetError:
         """What stands in the way of training the head alone."""
+        if self.work and self.work.biases(0) > self.work.most:
+            return self._too_slow(self.work)
         p = plan_model(self.graph, self.scheme(0, {}, bits), self.passes)
         layer = {o: n.layer for n in p.graph.flat().nodes for o in n.outputs}
         largest = ", ".join(
@@ -267,6 +278,13 @@ class PlannedLimit(_Model):
             f"stack and the rest {self.overhead}), and the limit is {self.most}. Largest tensors at the peak: "
             f"{largest}. Choose a lower resolution, a model whose layers there are fewer or narrower, or a target with "
             f"at least {need} bytes"
+        )
+
+    def _too_slow(self, work: StepWork) -> OverBudgetError:
+        need = work.biases(0)
+        return OverBudgetError(
+            f"{self.graph.name}: a step that trains the head alone executes about {need} instructions, and the limit "
+            f"is {work.most}. Choose a lower resolution, a smaller model, or at least {need} instructions"
         )
 
     # -- bounds on all choices -----------------------------------------------------------------------------------
@@ -283,7 +301,8 @@ class PlannedLimit(_Model):
             Cut(fixed + need, {o: state + kept.get(node, 0) for o, (state, kept) in adds.items()}, self.most)
             for node, need in base.nodes.items()
         ]
-        return (*cuts, Cut(fixed + self._floor(depth), {o: state for o, (state, _) in adds.items()}, self.most))
+        cuts.append(Cut(fixed + self._floor(depth), {o: state for o, (state, _) in adds.items()}, self.most))
+        return (*cuts, self.work.cut(depth, adds)) if self.work else tuple(cuts)
 
     def _floor(self, depth: int) -> int:
         """The smallest arena that is believed possible."""

@@ -38,6 +38,11 @@ class Choice:
     bits: int = 8
     value: float = 0.0
 
+    @property
+    def key(self) -> tuple[int, int, tuple[tuple[str, float], ...]]:
+        """Equal for equal programs; bits are those of trained weights."""
+        return self.depth, self.bits if self.weights else 8, tuple(sorted(self.weights.items()))
+
     def scheme(self, layers: tuple[str, ...], name: str) -> UpdateScheme:
         """As an UpdateScheme of a model with these trainable layers."""
         return UpdateScheme(name, layers[len(layers) - self.depth :], dict(self.weights), self.bits)
