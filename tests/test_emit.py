@@ -192,6 +192,17 @@ def test_c_names(name: str, want: str) -> None:
     assert c_name(name) == want
 
 
+@pytest.mark.parametrize("name", ["add", "Model", "string", "math", "main", "memory", "tl_requant", "device"])
+def test_a_model_takes_the_place_of_no_other_file(name: str) -> None:
+    graph = attach_head(replace(int8_chain(), name=name), 3)
+    compiled = compile_model(graph, UpdateScheme("head"))
+    assert compiled.sources.prefix == c_name(f"m_{name}")
+    assert set(compiled.sources.files) == {f"m_{name}{end}" for end in (".h", ".c", "_data.h")}
+    session = HostSession(compiled)
+    session.reset(0)
+    assert session.infer(np.zeros(graph.values[graph.inputs[0]].shape, np.int8)).shape == (3,)
+
+
 @pytest.mark.parametrize("v", [0.1, 1e-30, 3.4e38, 1 / 3, 2.0**-126, 1e-45])
 def test_float_literals_read_back_exactly(v: float) -> None:
     literal = c_float(v)

@@ -7,6 +7,10 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Final
 
 import numpy as np
 
@@ -19,6 +23,12 @@ from trainlet.ir import Graph, Kind, Node, Stage
 from trainlet.layout import StateLayout
 from trainlet.plan import MemoryPlan, feeds
 from trainlet.prefix import prefix_length
+
+_HEADERS: Final = frozenset((
+    "assert", "complex", "ctype", "errno", "fenv", "float", "inttypes", "iso646", "limits", "locale", "math", "setjmp",
+    "signal", "stdarg", "stdbool", "stddef", "stdint", "stdio", "stdlib", "string", "tgmath", "time", "wchar", "wctype",
+))  # fmt: skip
+"""Of C99; a model's header of that name would be found in their place."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,20 @@ def _init_table(e: Emitter) -> list[str]:
     return rows
 
 
+def file_name(name: str) -> str:
+    """What the files of a model are called, and its C names begin with: a C identifier that is the name of no file of
+    the engine and of no header of C."""
+    ident = c_name(name)
+    return f"m_{ident}" if ident.lower() in _HEADERS | _engine() else ident
+
+
+@cache
+def _engine() -> frozenset[str]:
+    """All names of C files that may lie beside a model's."""
+    folders = [f for f in (resources.files("trainlet") / "csrc").iterdir() if f.is_dir()]
+    return frozenset(Path(f.name).stem for folder in folders for f in folder.iterdir())
+
+
 def emit(graph: Graph, plan: MemoryPlan, layout: StateLayout, model_hash: str) -> Sources:
     """The C of a LOWERED graph with one (H, W, C) input and one dense head. ``model_hash`` is hexadecimal; its first
     eight digits go into the saved state."""
@@ -76,7 +100,7 @@ def emit(graph: Graph, plan: MemoryPlan, layout: StateLayout, model_hash: str) -
     rings = dict(ring for n in streams if isinstance(n.attrs, Stream) for ring in n.attrs.rings)
     feed = feeds(graph)
     e = Emitter(graph.flat(), plan, layout, rings)
-    name = c_name(graph.name)
+    name = file_name(graph.name)
     streaming = "".join(stream_text(e, n) for n in streams)
     functions = "\n".join(_section(e, k, v) for k, v in _sections(graph).items())
     init = _init_table(e)

@@ -236,6 +236,7 @@ def memory_loss_svg(points: Sequence[Mapping[str, Any]], limit: int, title: str)
     kib = [p["ram_bytes"] / 1024 for p in shown] + [limit / 1024]
     low, high = _range(kib)
     losses = [p["loss"] for p in shown] or [0.0]
+    low = max(0.0, low)
     frame = _Frame(70, 36, 480, 300, (low, high), _range(losses))
     parts = frame.axes(title, "SRAM of the plan, KiB", [(v, f"{v:.0f}") for v in _ticks(low, high)])
     x = frame.x(limit / 1024)
