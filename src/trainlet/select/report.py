@@ -123,11 +123,10 @@ class _Frame:
     def axes(self, title: str, x_name: str, x_ticks: Sequence[tuple[float, str]]) -> list[str]:
         bottom, right = self.top + self.height, self.left + self.width
         parts = [_text(self.left, self.top - 12, title, size=14)]
-        for i in range(_TICKS):
-            v = self.ys[0] + (self.ys[1] - self.ys[0]) * i / (_TICKS - 1)
+        for v in _round_ticks(*self.ys):
             y = self.y(v)
             parts.append(f'<line x1="{self.left}" x2="{right}" y1="{y}" y2="{y}" stroke="#ddd"/>')
-            parts.append(_text(self.left - 6, y + 4, f"{v:.3g}", "end"))
+            parts.append(_text(self.left - 6, y + 4, f"{v:g}", "end"))
         parts += [_text(self.x(v), bottom + 16, label, "middle") for v, label in x_ticks]
         parts.append(_text(self.left + self.width / 2, bottom + 34, x_name, "middle"))
         if self.ys[0] < 0 < self.ys[1]:
@@ -165,6 +164,15 @@ def _ticks(low: float, high: float) -> list[float]:
     return [low + (high - low) * i / (_TICKS - 1) for i in range(_TICKS)]
 
 
+def _round_ticks(low: float, high: float) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten, about as many as ``_TICKS``."""
+    rough = (high - low) / _TICKS
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(s for s in (power, 2 * power, 5 * power, 10 * power) if s >= rough)
+    first, last = math.ceil(low / step), math.floor(high / step)
+    return [float(f"{i * step:.6g}") for i in range(first, last + 1)]
+
+
 def contributions_svg(data: Mapping[str, Any]) -> str:
     """From ``contributions_json``: on the left biases by depth, measured ones as dots; on the right the weights of
     every layer that has any, a bar for each ratio, pale where it is interpolated."""
@@ -190,8 +198,8 @@ def contributions_svg(data: Mapping[str, Any]) -> str:
         x, y = right.x(i + 0.6), right.top + right.height + 12
         parts.append(f'<g transform="rotate(-50 {x} {y})">{_text(x, y, layer, "end", size=10)}</g>')
     for i, (ratio, color) in enumerate(_SHADES.items()):
-        parts.append(f'<rect x="{430 + 90 * i}" y="400" width="12" height="12" fill="{color}"/>')
-        parts.append(_text(448 + 90 * i, 410, f"{ratio:g} of inputs"))
+        parts.append(f'<rect x="{430 + 120 * i}" y="400" width="12" height="12" fill="{color}"/>')
+        parts.append(_text(448 + 120 * i, 410, f"{ratio:g} of inputs"))
     return _picture(450 + width, 430, parts)
 
 
@@ -231,24 +239,34 @@ def search_svg(data: Mapping[str, Any]) -> str:
 
 
 def memory_loss_svg(points: Sequence[Mapping[str, Any]], limit: int, title: str) -> str:
-    """From ``points_json``: held-out loss over planned SRAM in KiB, a line for each series, the limit dashed."""
+    """From ``points_json``: held-out loss over planned SRAM in KiB, which doubles from tick to tick; a line for each
+    series, the limit dashed."""
     shown = [p for p in points if p["loss"] is not None]
-    kib = [p["ram_bytes"] / 1024 for p in shown] + [limit / 1024]
-    low, high = _range(kib)
+    doublings = [math.log2(p["ram_bytes"] / 1024) for p in shown] + [math.log2(limit / 1024)]
+    low, high = _range(doublings)
+    ticks = [(float(e), f"{2.0**e:g}") for e in range(math.ceil(low), math.floor(high) + 1)]
     losses = [p["loss"] for p in shown] or [0.0]
-    low = max(0.0, low)
     frame = _Frame(70, 36, 480, 300, (low, high), _range(losses))
-    parts = frame.axes(title, "SRAM of the plan, KiB", [(v, f"{v:.0f}") for v in _ticks(low, high)])
-    x = frame.x(limit / 1024)
-    parts.append(f'<line x1="{x}" x2="{x}" y1="36" y2="336" stroke="#c00" stroke-dasharray="4 3"/>')
+    parts = frame.axes(title, "SRAM of the plan, KiB", ticks)
+    parts += [_vertical(frame, x, "#ddd") for x, _ in ticks]
+    parts.append(_vertical(frame, doublings[-1], "#c00", "4 3"))
     for i, (series, color) in enumerate(COLORS.items()):
-        mine = sorted((p["ram_bytes"] / 1024, p["loss"], p["scheme"]) for p in shown if p["series"] == series)
+        mine = sorted(
+            (math.log2(p["ram_bytes"] / 1024), p["loss"], p["scheme"]) for p in shown if p["series"] == series
+        )
         if not mine:
             continue
-        parts.append(frame.line([(a, b) for a, b, _ in mine], color))
-        parts += [frame.dot(a, b, color, f"{name}: {a:.1f} KiB, loss {b:.4f}") for a, b, name in mine]
+        parts.append(frame.line([(x, loss) for x, loss, _ in mine], color))
+        parts += [frame.dot(x, loss, color, f"{name}: {2.0**x:.1f} KiB, loss {loss:.4f}") for x, loss, name in mine]
         parts.append(_text(564, 60 + 18 * i, series, color=color))
+    parts.append(_text(564, 60 + 18 * len(COLORS), "- - limit", color="#c00"))
     return _picture(680, 390, parts)
+
+
+def _vertical(frame: _Frame, v: float, color: str, dash: str = "") -> str:
+    dashed = f' stroke-dasharray="{dash}"' if dash else ""
+    x, bottom = frame.x(v), frame.top + frame.height
+    return f'<line x1="{x}" x2="{x}" y1="{frame.top}" y2="{bottom}" stroke="{color}"{dashed}/>'
 
 
 # --- the folder -------------------------------------------------------------------------------------------------
