@@ -192,7 +192,10 @@ def test_c_names(name: str, want: str) -> None:
     assert c_name(name) == want
 
 
-@pytest.mark.parametrize("name", ["add", "Model", "string", "math", "main", "memory", "tl_requant", "device"])
+TAKEN = ("add", "Model", "string", "math", "main", "memory", "tl_requant", "device", "features", "expected")
+
+
+@pytest.mark.parametrize("name", TAKEN)
 def test_a_model_takes_the_place_of_no_other_file(name: str) -> None:
     graph = attach_head(replace(int8_chain(), name=name), 3)
     compiled = compile_model(graph, UpdateScheme("head"))

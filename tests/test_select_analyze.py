@@ -288,7 +288,7 @@ def test_training_decides_between_the_best_sums(
     choice = chosen.selection.choice
     assert (choice.depth, set(choice.weights)) == (depth, weights)
     assert chosen.selection.cost == limit.cost(choice)
-    assert [p.scheme for p in chosen.finalists] == ["depth 3", "depth 2", "depth 1"]
+    assert [p.scheme for p in chosen.finalists] == ["depth 3", "depth 2", "depth 1", "head"]
     losses = [p.loss for p in chosen.finalists if p.loss is not None]
     assert chosen.finalists[3 - depth].loss == min(losses)
 
@@ -296,7 +296,43 @@ def test_training_decides_between_the_best_sums(
     assert set(as_summed.selection.choice.weights) == {STEM, PROJECT}
     assert as_summed.finalists == ()
     for chose in (chosen, as_summed):
-        assert chose.selection.bound is None or chose.selection.bound >= chose.selection.choice.value
+        assert chose.best_sum == as_summed.selection
+    if chosen.selection.choice.key != chosen.best_sum.choice.key:
+        assert chosen.selection.bound is None, "nothing is known of what training would find"
+
+
+class InTheEnd(Known):
+    """What the runs that decide end at: (the head alone, all others)."""
+
+    ends: tuple[float | None, float | None] = (None, None)
+
+    def train(self, title: str, runs: Any, length: Length, lr: float | None = None) -> list[dict[str, Any]]:
+        found = super().train(title, runs, length, lr)
+        if title == "comparing":
+            found = [{**r, "loss": self.ends[bool(s.biases)]} for r, (s, _) in zip(found, runs, strict=True)]
+        return [{**r, "problem": "diverged" if r["loss"] is None else ""} for r in found]
+
+
+def test_where_the_head_alone_is_best_it_is_taken_and_nothing_that_diverges(study: Study) -> None:
+    limit = PlannedLimit(study.graph, None, 1 << 20)
+    runner = InTheEnd(study)
+    for worse in (2.0, None):
+        runner.ends = 1.0, worse
+        assert choose(runner, TINY, [8], limit, exact, 0).selection.choice.key == Choice(0).key
+    runner.ends = None, None
+    with pytest.raises(MismatchError, match="diverges with every finalist"):
+        choose(runner, TINY, [8], limit, exact, 0)
+
+
+def test_what_does_not_fit_is_no_finalist_and_no_end(study: Study) -> None:
+    class Flash(PlannedLimit):
+        def confirm(self, choice: Choice) -> bool:
+            if choice.depth in (1, 2):
+                raise OverBudgetError("its flash is too large")
+            return super().confirm(choice)
+
+    chosen = choose(Known(study), TINY, [8], Flash(study.graph, None, 1 << 20), exact, 0)
+    assert [p.scheme for p in chosen.finalists] == ["depth 3", "head"]
 
 
 def test_methods_that_look_for_no_best_sum_have_no_finalists(study: Study) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from select_cases import drawn, small
 
@@ -12,6 +14,7 @@ from trainlet.select.cuts import Selector
 from trainlet.select.evolution import evolution
 from trainlet.select.exact import exact
 from trainlet.select.limits import PlannedLimit
+from trainlet.select.methods import METHODS, best_over_bits
 from trainlet.select.problem import Choice, Contributions
 from trainlet.select.work import StepWork
 from trainlet.targets import TARGETS, parse_count
@@ -70,18 +73,43 @@ def test_what_is_chosen_executes_no_more(
 def test_an_estimate_that_is_too_low_is_learned_from(case: tuple[PlannedLimit, Contributions]) -> None:
     limit, c = case
     work = work_of(limit)
-    work.short = too_low = -100_000
+    work.short[8] = too_low = -100_000
     work.most = (work.measured(Choice(0)) + work.measured(Choice(limit.deepest))) // 2
     found = exact(c, limit).choice
     assert work.measured(found) <= work.most
-    assert work.short > too_low
+    assert work.short[8] > too_low
 
 
-def test_the_head_alone_may_be_too_much(case: tuple[PlannedLimit, Contributions]) -> None:
+@pytest.mark.parametrize("method", ["exact", "evolution", "freeze"])
+@pytest.mark.parametrize("short", [0, -100_000])
+def test_the_head_alone_may_be_too_much(case: tuple[PlannedLimit, Contributions], method: str, short: int) -> None:
+    """With ``short`` the estimate lets it through, and its run does not."""
     limit, c = case
-    work_of(limit).most = 1000
-    with pytest.raises(OverBudgetError, match=r"executes about .* instructions, and the limit is 1000"):
-        exact(c, limit)
+    work = work_of(limit)
+    work.short[8] = short
+    work.most = min(work.measured(Choice(0)), work.biases(0)) - 1
+    nothing = replace(c, biases={0: 0.0}, weights={})
+    with pytest.raises(OverBudgetError, match=rf"estimated as \d+, and the limit is {work.most}"):
+        METHODS[method](nothing, limit)
+
+
+def test_widths_have_estimates_of_their_own(case: tuple[PlannedLimit, Contributions]) -> None:
+    limit, c = case
+    work = work_of(limit)
+    layers = tuple(trainable_layers(limit.graph))
+    for bits in (12, 16):
+        choice = Choice(limit.deepest, dict.fromkeys(layers[len(layers) - limit.deepest :], 1.0), bits)
+        assert work.estimate(choice) == pytest.approx(work.measured(choice), rel=0.02)
+    work.most = work.measured(Choice(limit.deepest))
+    both = [c, replace(c, bits=16)]
+    found = [best_over_bits(exact, order, limit).choice for order in (both, both[::-1])]
+    assert found[0].value == found[1].value
+
+
+def test_a_bound_is_claimed_only_where_cuts_are_sound(case: tuple[PlannedLimit, Contributions]) -> None:
+    limit, c = case
+    assert exact(c, limit).bound is None
+    assert exact(c, PlannedLimit(limit.graph, M7, ROOM)).bound is not None
 
 
 def test_without_a_target_there_is_nothing_to_count_on() -> None:
@@ -91,6 +119,6 @@ def test_without_a_target_there_is_nothing_to_count_on() -> None:
 
 def test_counts() -> None:
     assert [parse_count(t, "--x") for t in ("120M", "5 k", "7", "1G")] == [120_000_000, 5000, 7, 1_000_000_000]
-    for text in ("", "0", "-3M", "1.5M", "M", "3MB"):
+    for text in ("", "0", "-3M", "1.5M", "M", "3MB", "1001G"):
         with pytest.raises(UsageError, match="--x"):
             parse_count(text, "--x")

@@ -81,6 +81,7 @@ TARGETS: Final = {
 DEFAULT_TARGET: Final = {"cortex-m7": "stm32f746", "cortex-m4": "nrf52840", "cortex-m0plus": "rp2040"}
 """What ``--on CORE`` runs on where no target is named."""
 
+_MOST: Final = 1_000_000_000_000
 _COUNTS: Final = {"": 1, "K": 1_000, "M": 1_000_000, "G": 1_000_000_000}
 _UNITS: Final = {"": 1, "K": KIB, "M": MIB}
 
@@ -103,9 +104,10 @@ def parse_size(text: str, option: str = "--sram") -> int:
 def parse_count(text: str, option: str) -> int:
     """A whole number with K, M, G (thousands, millions, milliards) or nothing behind it."""
     found = re.fullmatch(r"\s*([0-9]{1,12})\s*([KMG]?)\s*", text.upper())
-    if not found or not int(found[1]):
-        raise UsageError(f"{option} {text!r}: give a number such as 120M or 120000000")
-    return int(found[1]) * _COUNTS[found[2]]
+    count = int(found[1]) * _COUNTS[found[2]] if found else 0
+    if not 0 < count <= _MOST:
+        raise UsageError(f"{option} {text!r}: give a number such as 120M or 120000000, at most {_MOST}")
+    return count
 
 
 def with_limits(target: Target, sram: int | None = None, flash: int | None = None) -> Target:

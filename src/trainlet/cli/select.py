@@ -27,7 +27,9 @@ def select(
     data: Data,
     sram: Annotated[str, typer.Option(help="All the memory that training may take on the chip, such as 128K.")],
     out: Annotated[Path, typer.Option(help="Folder for the scheme, the report and finished runs; go on in the same.")],
-    flash: Annotated[str | None, typer.Option(help="All the flash there is. [default: the chip's]")] = None,
+    flash: Annotated[
+        str | None, typer.Option(help="All the flash there is; what is chosen is checked. [default: the chip's]")
+    ] = None,
     instructions: Annotated[
         str | None, typer.Option(help="At most so many instructions in a training step, such as 130M.")
     ] = None,
@@ -42,7 +44,10 @@ def select(
     ] = None,
     finalists: Annotated[
         int | None,
-        typer.Option(help="Choices, each the best of a depth, to train before one is taken; 1: the best sum as it is."),
+        typer.Option(
+            help="With exact and evolution: the best choices of so many depths are trained, and the published schemes "
+            "that fit, before one is taken; 1: the best sum as it is. [default: 6; with --quick 4]"
+        ),
     ] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each.")] = 2,
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler, to run on its workers.")] = None,
@@ -61,7 +66,15 @@ def select(
 
     from trainlet.cli.prepare import load_model, prepare_out
     from trainlet.select.analyze import QUICK, STANDARD, Runner
-    from trainlet.select.choose import choose, compare, final_scheme, find_selector, long_rivals, short_rivals
+    from trainlet.select.choose import (
+        SEARCHES,
+        choose,
+        compare,
+        final_scheme,
+        find_selector,
+        long_rivals,
+        short_rivals,
+    )
     from trainlet.select.jobs import FILE, Clock, JobStore, open_executor
     from trainlet.select.limits import PlannedLimit
     from trainlet.select.runs import open_study
@@ -74,11 +87,14 @@ def select(
         raise UsageError(f"--seed {seed}: give a whole number from 0 to {(1 << 31) - 1}")
     if finalists is not None and finalists < 1:
         raise UsageError(f"--finalists {finalists}: give 1 or more; 1 takes the best sum of contributions as it is")
+    if finalists is not None and finalists > 1 and method not in SEARCHES:
+        raise UsageError(f"--finalists {finalists}: for --method {' and '.join(SEARCHES)}; leave it out of {method}")
     if lr is not None:
         TrainConfig(1, lr)  # refuses what is no rate
-    chip = with_limits(find_target(target), parse_size(sram), parse_size(flash, "--flash") if flash else None)
-    steps = parse_count(instructions, "--instructions") if instructions else None
-    if no_measure and (flash or steps):
+    flash_bytes = None if flash is None else parse_size(flash, "--flash")
+    chip = with_limits(find_target(target), parse_size(sram), flash_bytes)
+    steps = parse_count(instructions, "--instructions") if instructions is not None else None
+    if no_measure and (flash_bytes or steps):
         raise UsageError("--flash and --instructions are measured; leave --no-measure out")
     graph = load_model(model)
     effort = QUICK if quick else STANDARD
@@ -94,8 +110,9 @@ def select(
             measured = {} if no_measure else _measured(study.graph, scheme, chip)
             rivals = short_rivals(chosen, limit)
             if not quick:
-                rivals = long_rivals(runner, effort, chosen, limit, limit.narrowed, selector, seed)
-            points = compare(runner, effort, rivals, limit, chosen.contributions.layers, seed)
+                rivals = long_rivals(runner, effort, chosen, limit, limit.narrowed, selector, seed, finalists)
+            # other seeds than those that decided between finalists
+            points = compare(runner, effort, rivals, limit, chosen.contributions.layers, seed + effort.final_seeds)
         finally:
             executor.close()
         found = {
@@ -149,23 +166,26 @@ def _report(
     from trainlet.select.report import points_json, selection_json, write_report
 
     selection = {**selection_json(chosen.selection, chosen.steps), "noise": chosen.contributions.noise}
+    best_sum = selection_json(chosen.best_sum, ())
+    selection["best_sum"] = {k: best_sum[k] for k in ("depth", "weights", "value", "planned_bytes", "bound", "gap")}
     selection["finalists"] = points_json(chosen.finalists)
     files = write_report(out, scheme, chosen.analyses, selection, points, found)
     losses = {p.scheme: p.loss for p in points}
     biases = [p.loss for p in points if p.series == "biases" and p.ram_bytes <= found["limit_bytes"]]
     summary = {
-        "held_out_loss": losses["selected"] if "selected" in losses else points[0].loss,
-        "head_only_loss": next((p.loss for p in points if p.series == "head"), None),
+        "held_out_loss": losses["selected"],
+        "head_only_loss": losses.get("head", losses["selected"]),
         "bias_only_loss": min((v for v in biases if v is not None), default=None),
     }
     rows = [
         (p.scheme, p.series, grouped(p.ram_bytes), _number(p.loss), _number(p.accuracy), p.problem)
         for p in sorted(points, key=lambda p: p.ram_bytes)
     ]
-    finals = [(p.scheme, grouped(p.ram_bytes), _number(p.loss)) for p in chosen.finalists]
+    finals = [(p.scheme, grouped(p.ram_bytes), _number(p.loss), p.problem) for p in chosen.finalists]
     chosen_rows = [("biases", f"of the last {selection['depth']} layers")]
     chosen_rows += [(layer, f"{ratio:g} of its input channels") for layer, ratio in selection["weights"].items()]
-    memory = [(k, grouped(found[k])) for k in ("ram_bytes", "limit_bytes") if k in found]
+    names = ("ram_bytes", "limit_bytes", "flash_bytes", "instructions_per_step", "limit_instructions")
+    memory = [(k, grouped(found[k])) for k in names if found.get(k)]
     images = f"{effort.final.epochs} epochs over up to {effort.final.images} images"
     tables = [
         Table(f"{found['model']}: what trains, {selection['bits']} bits", (), chosen_rows, False),
@@ -174,7 +194,7 @@ def _report(
     ]
     lines = [f"scheme: {files['scheme']}", f"report: {files['report']}"]
     if finals:
-        tables.insert(1, Table("finalists, the lowest loss is taken", ("best sum of", "SRAM", "loss"), finals))
+        tables.insert(1, Table("finalists, the lowest loss is taken", ("", "SRAM, bytes", "loss", ""), finals))
     data = {**found, **summary, **selection, **files}
     del data["search"]
     return Report({**data, "points": [{"scheme": p.scheme, "loss": p.loss} for p in points]}, tables, lines)

@@ -27,8 +27,11 @@ from trainlet.prefix import prefix_length
 _HEADERS: Final = frozenset((
     "assert", "complex", "ctype", "errno", "fenv", "float", "inttypes", "iso646", "limits", "locale", "math", "setjmp",
     "signal", "stdarg", "stdbool", "stddef", "stdint", "stdio", "stdlib", "string", "tgmath", "time", "wchar", "wctype",
+    "alloca", "endian", "features", "malloc", "newlib", "reent", "unistd",
 ))  # fmt: skip
-"""Of C99; a model's header of that name would be found in their place."""
+"""Of C99 and of what they include; a model's header of that name would be found in their place."""
+_BUILD: Final = frozenset(("all", "clean", "example", "expected", "firmware", "help", "install", "package", "test"))
+"""Targets and files of the build of a compiled folder."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,9 @@ def _init_table(e: Emitter) -> list[str]:
 
 def file_name(name: str) -> str:
     """What the files of a model are called, and its C names begin with: a C identifier that is the name of no file of
-    the engine and of no header of C."""
+    the engine, of no header of C and of no target of a build."""
     ident = c_name(name)
-    return f"m_{ident}" if ident.lower() in _HEADERS | _engine() else ident
+    return f"m_{ident}" if ident.lower() in _HEADERS | _BUILD | _engine() else ident
 
 
 @cache

@@ -8,13 +8,14 @@ and the published schemes that fit are trained, and the one with the lowest held
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
-from trainlet.errors import OverBudgetError, UsageError
+from trainlet.errors import MismatchError, OverBudgetError, UsageError
 from trainlet.scheme import UpdateScheme
 from trainlet.select.analyze import Analysis, Effort, Runner, analyze
 from trainlet.select.baselines import bias_choice, last_choice, may_fit, published_choices
@@ -39,12 +40,13 @@ Rival = tuple[str, str, Choice]
 
 @dataclass(frozen=True)
 class Chosen:
-    """A selection, what it was made from (an analysis for each width of a weight), the course of the search, and the
-    finalists that were trained to decide; none where the best sum was taken as it was."""
+    """A selection, what it was made from (an analysis for each width of a weight), the course of the search, the best
+    sum that it found, and the finalists that were trained to decide; none where the best sum was taken as it was."""
 
     analyses: tuple[Analysis, ...]
     selection: Selection
     steps: tuple[Step, ...]
+    best_sum: Selection
     finalists: tuple[Point, ...] = ()
 
     @property
@@ -98,27 +100,36 @@ def pick(
     every = [a.contributions for a in analyses]
     runner.progress.line(f"selecting under {limit.most} bytes")
     selection = best_over_bits(selector, every, limit, seed=seed, progress=steps.append)
-    chosen = Chosen(analyses, selection, tuple(steps))
+    chosen = Chosen(analyses, selection, tuple(steps), selection)
     count = effort.finalists if finalists is None else finalists
     if count <= 1 or selection.method not in SEARCHES:
         return chosen
     rivals = _finalists(chosen, limit, selector, seed, count)
     points = compare(runner, effort, rivals, limit, chosen.contributions.layers, seed)
     losses = [math.inf if p.loss is None else p.loss for p in points]
+    if min(losses) == math.inf:
+        raise MismatchError("training diverges with every finalist, the head alone too; give a smaller --lr")
     winner = rivals[losses.index(min(losses))][-1]
-    selection = replace(selection, choice=winner, cost=limit.cost(winner))
+    if winner.key != selection.choice.key:
+        selection = replace(selection, choice=winner, cost=limit.cost(winner), bound=None)
     return replace(chosen, selection=selection, finalists=tuple(points))
 
 
 def _finalists(chosen: Chosen, limit: SearchLimit, selector: Selector, seed: int, count: int) -> list[Rival]:
-    """The best sums of ``count`` depths, that of all depths first, and the published schemes that fit."""
+    """The best sums of ``count`` depths, that of all depths first, the published schemes that fit, and the head."""
     depths = [m.depth for m in _analysis(chosen).measured if not m.layer and m.depth]
     others = [found for k in depths if (found := _at_depth(chosen, limit, selector, k, seed))]
     best = [chosen.selection, *sorted(others, key=lambda s: -s.choice.value)]
     sums = [("selected", f"depth {s.choice.depth}", s.choice) for s in best]
     published = published_choices(chosen.contributions, limit).items()
-    fitting = [("published", name, c) for name, c in published if _fits(limit, c) and limit.confirm(c)]
-    return _first_of_equals([*_first_of_equals(sums)[:count], *fitting])
+    fitting = [("published", name, c) for name, c in published if _fits(limit, c) and _confirmed(limit, c)]
+    return _first_of_equals([*_first_of_equals(sums)[:count], *fitting, ("head", "head", Choice(0))])
+
+
+def _confirmed(limit: SearchLimit, choice: Choice) -> bool:
+    with contextlib.suppress(OverBudgetError):
+        return limit.confirm(choice)
+    return False
 
 
 def _analysis(chosen: Chosen) -> Analysis:
@@ -128,8 +139,10 @@ def _analysis(chosen: Chosen) -> Analysis:
 def _at_depth(chosen: Chosen, limit: SearchLimit, selector: Selector, depth: int, seed: int) -> Selection | None:
     """What is selected where no other biases than those of the last ``depth`` layers may train; None for nothing."""
     c = chosen.contributions
-    found = selector(replace(c, biases={depth: c.biases[depth]}), limit, seed=seed)
-    return found if found.choice.depth else None
+    with contextlib.suppress(OverBudgetError):
+        found = selector(replace(c, biases={depth: c.biases[depth]}), limit, seed=seed)
+        return found if found.choice.depth else None
+    return None
 
 
 # --- what it is worth -------------------------------------------------------------------------------------------
@@ -156,6 +169,7 @@ def long_rivals(
     smaller: Callable[[int], SearchLimit],
     selector: Selector,
     seed: int,
+    finalists: int | None = None,
 ) -> list[Rival]:
     """Those, what is picked under ``SHARES`` of the limit (``smaller`` makes one of so many bytes), the published
     schemes, last layers, biases and everything, whether or not they fit."""
@@ -163,7 +177,7 @@ def long_rivals(
     found = short_rivals(chosen, limit)
     for share in SHARES:
         try:
-            picked = pick(runner, effort, chosen.analyses, smaller(int(share * limit.most)), selector, seed)
+            picked = pick(runner, effort, chosen.analyses, smaller(int(share * limit.most)), selector, seed, finalists)
         except OverBudgetError:
             continue
         found.append(("selected", f"{NAME} under {share:.0%}", picked.selection.choice))

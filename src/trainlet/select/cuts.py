@@ -35,10 +35,12 @@ class Cut:
 
 
 class SearchLimit(Protocol):
-    """A limit that a selector can search under. ``revision`` counts how often ``cuts`` or costs have changed."""
+    """A limit that a selector can search under. ``revision`` counts how often ``cuts`` or costs have changed;
+    ``sound``: the cuts leave out no choice that fits."""
 
     graph: Graph
     revision: int
+    sound: bool
 
     @property
     def most(self) -> int:

@@ -199,9 +199,11 @@ def exact(
 ) -> Selection:
     """The choice with the highest value that fits; only what adds something trains. ``bound`` is its value, unless the
     search ended after ``evaluations`` tries or ``VISITS`` partial choices: then it is what no choice can exceed, and
-    the choice the best that was found. OverBudgetError where not even the head alone fits. ``seed`` changes nothing."""
+    the choice the best that was found. Where cuts are estimates there is none.
+    OverBudgetError where not even the head alone fits. ``seed`` changes nothing."""
     check(contributions, limit.graph)
-    return confirmed(limit, lambda: _search(contributions, limit, evaluations, progress or silent))
+    found = confirmed(limit, lambda: _search(contributions, limit, evaluations, progress or silent))
+    return found if limit.sound else replace(found, bound=None)
 
 
 def _search(contributions: Contributions, limit: SearchLimit, evaluations: int, progress: Progress) -> Selection:

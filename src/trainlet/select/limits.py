@@ -42,6 +42,7 @@ class _Model:
         self.graph = graph
         self.layers = tuple(trainable_layers(graph))
         self.revision = 0
+        self.sound = True
         self._most = _positive(most)
         self._selectable: dict[Option, bool] = {}
 
@@ -163,7 +164,8 @@ class PlannedLimit(_Model):
     ``most`` is the SRAM of the target, or less. ``confirm`` links a choice: its static SRAM and the deepest stack that
     its calls can reach, never below the ``ram_bytes`` of a measurement. ``cost`` is that figure where the choice has
     been linked; otherwise its plan and ``overhead``, the largest difference between the two so far, first that of the
-    head alone. With ``instructions`` no step executes more than so many on the target's core (see ``StepWork``)."""
+    head alone. With ``instructions`` a step executes no more than so many on the target's core (see ``StepWork``);
+    then ``sound`` is false, since its cuts are estimates and may leave out a choice that fits."""
 
     def __init__(
         self,
@@ -188,6 +190,7 @@ class PlannedLimit(_Model):
         self.work: StepWork | None = None
         if target and instructions:
             self.work = StepWork(graph, target, instructions, self.deepest, self.selectable, passes)
+            self.sound = False
 
     def narrowed(self, most: int) -> PlannedLimit:
         """The same limit with so many bytes; what either has planned or linked, the other knows."""
@@ -220,8 +223,8 @@ class PlannedLimit(_Model):
         return linked.ram if linked else sum(self.planned(choice)) + self.overhead
 
     def fits(self, choice: Choice) -> bool:
-        """Whether the choice costs at most ``most``."""
-        return self.cost(choice) <= self.most
+        """Whether the choice costs at most ``most``, and is not estimated to execute too much."""
+        return self.cost(choice) <= self.most and (self.work is None or self.work.may_fit(choice))
 
     def link(self, choice: Choice) -> Linked:
         """Compiles and links the choice for the target's core. ToolMissingError without a compiler."""
@@ -263,7 +266,7 @@ class PlannedLimit(_Model):
 
     def refusal(self, bits: int) -> OverBudgetError:
         """What stands in the way of training the head alone."""
-        if self.work and self.work.biases(0) > self.work.most:
+        if self.work and not self.work.may_fit(Choice(0, bits=bits)):
             return self._too_slow(self.work)
         p = plan_model(self.graph, self.scheme(0, {}, bits), self.passes)
         layer = {o: n.layer for n in p.graph.flat().nodes for o in n.outputs}
@@ -281,10 +284,11 @@ class PlannedLimit(_Model):
         )
 
     def _too_slow(self, work: StepWork) -> OverBudgetError:
-        need = work.biases(0)
+        need = work.measured(Choice(0))
         return OverBudgetError(
-            f"{self.graph.name}: a step that trains the head alone executes about {need} instructions, and the limit "
-            f"is {work.most}. Choose a lower resolution, a smaller model, or at least {need} instructions"
+            f"{self.graph.name}: a step that trains the head alone executes {need} instructions, estimated as "
+            f"{work.biases(0)}, and the limit is {work.most}. Choose a lower resolution, a smaller model, or more "
+            "instructions than either"
         )
 
     # -- bounds on all choices -----------------------------------------------------------------------------------
@@ -302,7 +306,7 @@ class PlannedLimit(_Model):
             for node, need in base.nodes.items()
         ]
         cuts.append(Cut(fixed + self._floor(depth), {o: state for o, (state, _) in adds.items()}, self.most))
-        return (*cuts, self.work.cut(depth, adds)) if self.work else tuple(cuts)
+        return (*cuts, self.work.cut(depth, bits, adds)) if self.work else tuple(cuts)
 
     def _floor(self, depth: int) -> int:
         """The smallest arena that is believed possible."""

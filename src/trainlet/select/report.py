@@ -244,6 +244,8 @@ def memory_loss_svg(points: Sequence[Mapping[str, Any]], limit: int, title: str)
     shown = [p for p in points if p["loss"] is not None]
     doublings = [math.log2(p["ram_bytes"] / 1024) for p in shown] + [math.log2(limit / 1024)]
     low, high = _range(doublings)
+    if math.floor(high) - math.ceil(low) < 1:  # room for two ticks
+        low, high = math.floor(low), math.ceil(high)
     ticks = [(float(e), f"{2.0**e:g}") for e in range(math.ceil(low), math.floor(high) + 1)]
     losses = [p["loss"] for p in shown] or [0.0]
     frame = _Frame(70, 36, 480, 300, (low, high), _range(losses))

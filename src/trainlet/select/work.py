@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Instructions of a training step as a limit of a selection.
 
-Three programs are profiled on the emulated core, node by node: one trains all that can train, one biases alone, one the
-head alone. A choice is estimated from the figures of its nodes: those that run row by row from the last program,
-weights by their share of input channels. What is chosen is run itself."""
+Programs are profiled on the emulated core, node by node: one trains the head alone, one the biases of all layers that
+can train, and for each width and ratio one trains that share of all weights. A choice is estimated from the figures of
+its nodes, those that run row by row from the first program. What is chosen is run itself."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _ROOM: Final = 16 * MIB
 
 class StepWork:
     """What steps of ``graph``, which has its head, execute on ``target``'s core; at most ``most`` instructions are
-    wanted. ``deepest``: how many last layers can train; ``selectable``: whether a ratio is a channel of a layer.
-    ``short``: by how much estimates were seen to fall short, so that a choice which was refused for what it executes is
-    not proposed again."""
+    wanted, of a step on the synthetic image. ``deepest``: how many last layers can train; ``selectable``: whether a
+    ratio is a channel of a layer. ``short``: by how much estimates for a width of weights were seen to fall short, so
+    that a choice which was refused for what it executes is not proposed again."""
 
     def __init__(
         self,
@@ -45,26 +45,31 @@ class StepWork:
         self.graph, self.most, self.deepest, self.selectable, self.passes = graph, most, deepest, selectable, passes
         self.room = replace(target, flash_bytes=_ROOM, pools=(Pool("SRAM", _ROOM),))
         self.layers = tuple(trainable_layers(graph))
-        self.short = 0
-        self._updates: dict[float, Mapping[str, int]] = {}
+        self.short: dict[int, int] = {}
+        self._updates: dict[tuple[int, float], Mapping[str, int]] = {}
         self._bases: dict[int, int] = {}
         self._measured: dict[object, int] = {}
 
-    def cut(self, depth: int, options: Iterable[Option]) -> Cut:
-        """The condition on choices of a depth, in instructions."""
-        costs = {option: self._update(*option) for option in options}
-        return Cut(self.biases(depth) + self.short, costs, self.most)
+    def cut(self, depth: int, bits: int, options: Iterable[Option]) -> Cut:
+        """The condition on choices of a depth, in instructions; an estimate, which may leave out one that fits."""
+        costs = {option: self._update(bits, *option) for option in options}
+        return Cut(self.biases(depth) + self.short.get(bits, 0), costs, self.most)
+
+    def may_fit(self, choice: Choice) -> bool:
+        """Whether the estimate, with what it was seen to fall short by, is at most ``most``."""
+        return self.estimate(choice) + self.short.get(choice.bits, 0) <= self.most
 
     def fits(self, choice: Choice) -> bool:
         """Whether the choice, run on the emulated core, executes at most ``most``; learns from one that does not."""
         found = self.measured(choice)
         if found > self.most:
-            self.short = max(self.short, found - self.estimate(choice))
+            short = found - self.estimate(choice)
+            self.short[choice.bits] = max(self.short.get(choice.bits, 0), short)
         return found <= self.most
 
     def estimate(self, choice: Choice) -> int:
         """Instructions of a step, as the nodes of the profiled programs add up."""
-        return self.biases(choice.depth) + sum(self._update(*o) for o in choice.weights.items())
+        return self.biases(choice.depth) + sum(self._update(choice.bits, *o) for o in choice.weights.items())
 
     def biases(self, depth: int) -> int:
         """The estimate where the biases of the last ``depth`` layers train, and the head."""
@@ -86,13 +91,14 @@ class StepWork:
             self._measured[choice.key] = sum(self._run(choice.scheme(self.layers, "work")).values())
         return self._measured[choice.key]
 
-    def _update(self, layer: str, ratio: float) -> int:
+    def _update(self, bits: int, layer: str, ratio: float) -> int:
         """What training a layer's weights adds at the nodes of the layer."""
-        if ratio not in self._updates:
+        key = bits, ratio
+        if key not in self._updates:
             every = self._scheme(self.deepest)
             weights = {n: ratio for n in every.biases if self.selectable(n, ratio)}
-            self._updates[ratio] = self._run(replace(every, weights=weights))
-        found, before = (_of_layer(p, layer) for p in (self._updates[ratio], self._profile))
+            self._updates[key] = self._run(replace(every, weights=weights, bits=bits))
+        found, before = (_of_layer(p, layer) for p in (self._updates[key], self._profile))
         return max(0, found - before)
 
     @cached_property
