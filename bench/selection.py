@@ -7,18 +7,14 @@ validation images, they never open. Every run is a job in --out: interrupt and s
 
     TRAINLET_ASSETS=... python bench/selection.py [--data trashnet] [--seeds 0 1 2] [--quick] [--json]
     TRAINLET_ASSETS=... python bench/selection.py --sram 64KB       under another limit, without the published scheme
-
-The data set "fashion" is 2,000 training and 2,000 test images of Fashion-MNIST, from Debian's dataset-fashion-mnist.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import gzip
 import json
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,8 +22,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 from protocol import assets, resize_of
 
 from trainlet.cli.output import RichProgress
@@ -54,8 +48,6 @@ SHARES: Final = (0.5, 0.7)
 LAST: Final = (3, 6, 9, 12)
 WHOLE: Final = 1 << 31  # images: all there are
 RATE_SEED: Final = 17  # of the runs that choose a rate
-FASHION: Final = Path("/usr/share/datasets/fashion-mnist")
-PER_CLASS: Final = 200  # of Fashion-MNIST, for training and for validation
 
 
 @dataclass(frozen=True)
@@ -141,8 +133,7 @@ def bench(args: argparse.Namespace, data: str, effort: Effort, executor: Executo
     out = args.out / data
     out.mkdir(parents=True, exist_ok=True)
     model = load(assets() / "models" / f"{args.model}.pkl")
-    folder = fashion(out) if data == "fashion" else assets() / "data" / data
-    study = open_study(model, folder, resize_of(data), out / "cache")
+    study = open_study(model, assets() / "data" / data, resize_of(data), out / "cache")
     with JobStore(out / "jobs.sqlite") as store:
         runner = Runner(study, store, executor, RichProgress(), Clock(executor.workers))
         limit = PlannedLimit(study.graph, TARGETS["stm32f746"])
@@ -239,43 +230,13 @@ def line(r: Mapping[str, Any]) -> str:
     return f"  {r['name']:28} {100 * r['accuracy_mean']:5.1f} {spread:7} {r['loss_mean']:.3f} {sizes}"
 
 
-# --- Fashion-MNIST as a folder of images ------------------------------------------------------------------------
-
-
-def fashion(out: Path) -> Path:
-    """The folder, written where it is not yet there. Exits where Debian's package is not installed."""
-    folder = out / "images"
-    if folder.exists():
-        return folder
-    if not FASHION.exists():
-        raise SystemExit(f"{FASHION} is missing; apt-get install dataset-fashion-mnist, or leave fashion out of --data")
-    made = out / "images.part"
-    for split, prefix in (("train", "train"), ("val", "t10k")):
-        images, labels = (read_idx(FASHION / f"{prefix}-{what}-ubyte.gz") for what in ("images-idx3", "labels-idx1"))
-        for k in np.unique(labels):
-            of_class = made / split / str(k)
-            of_class.mkdir(parents=True, exist_ok=True)
-            for i in np.flatnonzero(labels == k)[:PER_CLASS]:
-                Image.fromarray(images[i]).save(of_class / f"{i:05}.png")
-    made.rename(folder)
-    return folder
-
-
-def read_idx(path: Path) -> NDArray[np.uint8]:
-    """An IDX file of bytes: 0, 0, type 8, number of axes, each axis as a 32-bit big-endian number, the bytes."""
-    data = gzip.decompress(path.read_bytes())
-    axes = data[3]
-    shape = struct.unpack_from(f">{axes}I", data, 4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
-
-
 def main() -> None:
     """Runs, prints, writes."""
     p = argparse.ArgumentParser(description="What a selected scheme is worth.")
     p.add_argument("--model", default="mcunet-5fps", help="name of a checkpoint in TRAINLET_ASSETS/models")
     p.add_argument("--published", default="99kb", help="the published scheme whose SRAM all others get")
     p.add_argument("--sram", help="the limit instead, such as 64KB")
-    p.add_argument("--data", nargs="+", default=["trashnet", "sign_digits", "voc07_person", "fashion"])
+    p.add_argument("--data", nargs="+", default=["trashnet", "sign_digits", "voc07_person"])
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--epochs", type=int, default=8)
     p.add_argument(
@@ -284,7 +245,7 @@ def main() -> None:
     p.add_argument("--quick", action="store_true", help="a quick analysis")
     p.add_argument("--jobs", type=int, default=2, help="processes at a time")
     p.add_argument("--out", type=Path, default=Path("runs/selection"), help="folder of the runs")
-    p.add_argument("--summary", type=Path, default=RESULTS / "selection.json")
+    p.add_argument("--summary", type=Path, help="[default: results/selection.json, or by the limit of --sram]")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = p.parse_args()
     executor = LocalExecutor(args.jobs)
@@ -295,9 +256,10 @@ def main() -> None:
         executor.close()
     settings = {k: getattr(args, k) for k in ("model", "published", "sram", "seeds", "epochs", "rates")}
     average = means(found)
-    args.summary.parent.mkdir(parents=True, exist_ok=True)
+    summary = args.summary or RESULTS / f"selection{f'_{args.sram.lower()}' if args.sram else ''}.json"
+    summary.parent.mkdir(parents=True, exist_ok=True)
     everything = {"settings": {**settings, "effort": effort.name}, "data": found, "means": average}
-    args.summary.write_text(json.dumps(everything, indent=1) + "\n")
+    summary.write_text(json.dumps(everything, indent=1) + "\n")
     print(json.dumps(everything) if args.json else table(found, average))
 
 
