@@ -216,11 +216,16 @@ def table(found: Mapping[str, Any], average: Sequence[Mapping[str, Any]]) -> str
     lines = ["validation accuracy in %: mean, spread over seeds; mean loss; SRAM and extra memory in KiB"]
     for data, result in found.items():
         lines += [f"{data}, under {result['limit_bytes']} bytes:", *map(line, result["rows"])]
-        save = result["saving"]
-        if save:
-            times = save["times_less_extra_memory"]
-            lines.append(f"  {save['selected']}: as accurate as {save['last']} with {times:.1f}x less extra memory")
-    return "\n".join([*lines, "mean of all data sets:", *map(line, average)])
+        lines += less(result["saving"])
+    return "\n".join([*lines, "mean of all data sets:", *map(line, average), *less(saving(average))])
+
+
+def less(save: Mapping[str, Any] | None) -> list[str]:
+    """What ``saving`` found, for people."""
+    if save is None:
+        return []
+    times = save["times_less_extra_memory"]
+    return [f"  {save['selected']}: as accurate as {save['last']} with {times:.1f}x less extra memory"]
 
 
 def line(r: Mapping[str, Any]) -> str:
@@ -258,7 +263,12 @@ def main() -> None:
     average = means(found)
     summary = args.summary or RESULTS / f"selection{f'_{args.sram.lower()}' if args.sram else ''}.json"
     summary.parent.mkdir(parents=True, exist_ok=True)
-    everything = {"settings": {**settings, "effort": effort.name}, "data": found, "means": average}
+    everything = {
+        "settings": {**settings, "effort": effort.name},
+        "data": found,
+        "means": average,
+        "saving": saving(average),
+    }
     summary.write_text(json.dumps(everything, indent=1) + "\n")
     print(json.dumps(everything) if args.json else table(found, average))
 
