@@ -59,7 +59,7 @@ class Effort:
 STANDARD: Final = Effort(
     "standard", Length(1200, 500, 3), 2, 10, None, 10, (0.125, 0.25, 0.5), 128, Length(1200, 500, 6), 2, 6
 )
-QUICK: Final = Effort("quick", Length(480, 300, 3), 1, 6, 14, 8, (0.25,), 64, Length(600, 300, 6), 1, 4)
+QUICK: Final = Effort("quick", Length(480, 300, 3), 1, 6, 14, 8, (0.25,), 64, Length(600, 300, 6), 3, 4)
 
 
 @dataclass
