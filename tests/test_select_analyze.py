@@ -297,6 +297,7 @@ def test_training_decides_between_the_best_sums(
     assert as_summed.finalists == ()
     for chose in (chosen, as_summed):
         assert chose.best_sum == as_summed.selection
+        assert chose.best_sum.bound == exact(chose.contributions, limit).choice.value, "of evolution too"
     if chosen.selection.choice.key != chosen.best_sum.choice.key:
         assert chosen.selection.bound is None, "nothing is known of what training would find"
 

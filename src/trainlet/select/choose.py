@@ -20,6 +20,8 @@ from trainlet.scheme import UpdateScheme
 from trainlet.select.analyze import Analysis, Effort, Runner, analyze
 from trainlet.select.baselines import bias_choice, last_choice, may_fit, published_choices
 from trainlet.select.cuts import SearchLimit, Selector, Step
+from trainlet.select.evolution import evolution
+from trainlet.select.exact import exact
 from trainlet.select.freeze import freeze
 from trainlet.select.methods import best_over_bits, find_method
 from trainlet.select.problem import Choice, Contributions, Selection
@@ -100,6 +102,8 @@ def pick(
     every = [a.contributions for a in analyses]
     runner.progress.line(f"selecting under {limit.most} bytes")
     selection = best_over_bits(selector, every, limit, seed=seed, progress=steps.append)
+    if selector is evolution:  # which cannot tell how far it is from the best
+        selection = replace(selection, bound=best_over_bits(exact, every, limit).bound)
     chosen = Chosen(analyses, selection, tuple(steps), selection)
     count = effort.finalists if finalists is None else finalists
     if count <= 1 or selection.method not in SEARCHES:
