@@ -317,9 +317,11 @@ class InTheEnd(Known):
 def test_where_the_head_alone_is_best_it_is_taken_and_nothing_that_diverges(study: Study) -> None:
     limit = PlannedLimit(study.graph, None, 1 << 20)
     runner = InTheEnd(study)
-    for worse in (2.0, None):
+    for worse, bits in ((2.0, 8), (None, 8), (2.0, 16)):
         runner.ends = 1.0, worse
-        assert choose(runner, TINY, [8], limit, exact, 0).selection.choice.key == Choice(0).key
+        chosen = choose(runner, TINY, [bits], limit, exact, 0)
+        assert chosen.selection.choice.key == Choice(0).key
+        assert chosen.contributions.bits == bits
     runner.ends = None, None
     with pytest.raises(MismatchError, match="diverges with every finalist"):
         choose(runner, TINY, [8], limit, exact, 0)

@@ -127,7 +127,8 @@ def _finalists(chosen: Chosen, limit: SearchLimit, selector: Selector, seed: int
     sums = [("selected", f"depth {s.choice.depth}", s.choice) for s in best]
     published = published_choices(chosen.contributions, limit).items()
     fitting = [("published", name, c) for name, c in published if _fits(limit, c) and _confirmed(limit, c)]
-    return _first_of_equals([*_first_of_equals(sums)[:count], *fitting, ("head", "head", Choice(0))])
+    head = ("head", "head", Choice(0, bits=chosen.contributions.bits))
+    return _first_of_equals([*_first_of_equals(sums)[:count], *fitting, head])
 
 
 def _confirmed(limit: SearchLimit, choice: Choice) -> bool:
