@@ -102,7 +102,7 @@ def parse_size(text: str, option: str = "--sram") -> int:
 
 
 def parse_count(text: str, option: str) -> int:
-    """A whole number with K, M, G (thousands, millions, milliards) or nothing behind it."""
+    """A whole number with K, M, G (thousands, millions, billions) or nothing behind it."""
     found = re.fullmatch(r"\s*([0-9]{1,12})\s*([KMG]?)\s*", text.upper())
     count = int(found[1]) * _COUNTS[found[2]] if found else 0
     if not 0 < count <= _MOST:

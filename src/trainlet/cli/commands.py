@@ -200,7 +200,9 @@ def train(
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 8,
     lr: Annotated[
         float | None,
-        typer.Option(help="Peak learning rate at batch 1, in float32 units. [default: 0.5/256; head only 1/256]"),
+        typer.Option(
+            help="Peak learning rate at batch 1, in float32 units.", show_default="0.5/256; the head alone 1/256"
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of head, order, roundings and augmentation.")] = 0,
     bits: Bits = None,

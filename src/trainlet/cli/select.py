@@ -28,7 +28,7 @@ def select(
     sram: Annotated[str, typer.Option(help="All the memory that training may take on the chip, such as 128K.")],
     out: Annotated[Path, typer.Option(help="Folder for the scheme, the report and finished runs; go on in the same.")],
     flash: Annotated[
-        str | None, typer.Option(help="All the flash there is; what is chosen is checked. [default: the chip's]")
+        str | None, typer.Option(help="All the flash there is; what is chosen is checked.", show_default="the chip's")
     ] = None,
     instructions: Annotated[
         str | None, typer.Option(help="At most so many instructions in a training step, such as 130M.")
@@ -46,14 +46,15 @@ def select(
         int | None,
         typer.Option(
             help="With exact and evolution: the best choices of so many depths are trained, and the published schemes "
-            "that fit, before one is taken; 1: the best sum as it is. [default: 6; with --quick 4]"
+            "that fit, before one is taken; 1: the best sum as it is.",
+            show_default="6; with --quick 4",
         ),
     ] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each.")] = 2,
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler, to run on its workers.")] = None,
     seed: Annotated[int, typer.Option(help="The first one of runs, and of evolution.")] = 0,
     lr: Annotated[
-        float | None, typer.Option(help="Peak learning rate of all runs. [default: 0.5/256; the head alone 1/256]")
+        float | None, typer.Option(help="Peak learning rate of all runs.", show_default="0.5/256; the head alone 1/256")
     ] = None,
     resize: Annotated[str, typer.Option(help="crop (shorter side, then the center) or squeeze.")] = "crop",
     no_measure: Annotated[
