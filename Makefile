@@ -31,6 +31,7 @@ test: tools $(VENV)/.dev.stamp ## all tests; PYTEST_ARGS="-k exact" narrows them
 
 lint: $(VENV)/.dev.stamp ## ruff and mypy --strict
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean: ## remove what the targets above made, but no run

@@ -31,7 +31,7 @@ def main() -> None:
         file = assets() / "models" / f"{model}.pkl"
         words = ["plan", "--model", file, "--scheme", scheme, "--classes", 10, "--ablate"]
         words += [] if found else ["--picture", args.picture]
-        command = [sys.executable, "-m", "trainlet.cli", *map(str, words), "--json"]
+        command = [sys.executable, "-m", "trainlet", *map(str, words), "--json"]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found.append(json.loads(done.stdout.splitlines()[-1]))
         for step in found[-1]["steps"]:

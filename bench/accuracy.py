@@ -29,8 +29,8 @@ from protocol import Images, assets, open_data, open_engine, read_images, resize
 from statistics_of_pairs import Pairs, compare
 
 from trainlet.frontends import load
-from trainlet.ir import Graph
-from trainlet.train import epoch_order, learning_rate
+from trainlet.ir.graph import Graph
+from trainlet.train.loop import epoch_order, learning_rate
 
 RESULTS: Final = Path(__file__).parent / "results"
 ENGINE_BITS: Final = {"8 bits": 8, "12 bits": 12, "16 bits": 16, "head only": 8}
@@ -80,7 +80,7 @@ class FloatLearner:
         import torch
         from float_baseline import FloatTrainer
 
-        from trainlet.scheme import resolve
+        from trainlet.autodiff.scheme import resolve
 
         torch.set_num_threads(1)
         self.build = f"torch {torch.__version__}"

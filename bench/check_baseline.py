@@ -16,9 +16,9 @@ from float_baseline import AddLayer, ConvLayer, FloatTrainer, Values, pad, qpara
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from trainlet.autodiff.scheme import resolve
 from trainlet.frontends import load
-from trainlet.ir import Graph
-from trainlet.scheme import resolve
+from trainlet.ir.graph import Graph
 
 
 def _vector_image(t: int, shape: tuple[int, ...]) -> NDArray[np.int8]:

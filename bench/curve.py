@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trainlet.picture import Curve, accuracy_svg
+from trainlet.svg import Curve, accuracy_svg
 
 COLORS = {"99kb": "#0b6e4f", "head": "#b04a00"}
 LABELS = {"99kb": "sparse update, 99kb scheme", "head": "head only"}
@@ -27,7 +27,7 @@ def train(scheme: str, args: argparse.Namespace) -> dict[str, Any]:
     out = args.runs / scheme
     model, data = assets / "models/mcunet-5fps.pkl", assets / "data/sign_digits"
     words = ["--model", model, "--data", data, "--scheme", scheme, "--epochs", args.epochs, "--seed", args.seed]
-    command = [sys.executable, "-m", "trainlet.cli", "train", *map(str, words), "--out", str(out)]
+    command = [sys.executable, "-m", "trainlet", "train", *map(str, words), "--out", str(out)]
     command += ["--overwrite", "--json"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     final: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

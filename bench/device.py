@@ -17,13 +17,13 @@ from pathlib import Path
 
 from protocol import assets, describe_machine
 
-from trainlet.armcc import find_arm_compiler
+from trainlet.autodiff.scheme import resolve
 from trainlet.compiler import Compiled, compile_inference, compile_model
 from trainlet.errors import OverBudgetError
 from trainlet.frontends import attach_head, load
-from trainlet.measure import Measurement, Program, estimate_cycles, measure
-from trainlet.scheme import resolve
-from trainlet.targets import Target, find_target
+from trainlet.measure.program import Measurement, Program, estimate_cycles, measure
+from trainlet.toolchain.armcc import find_arm_compiler
+from trainlet.toolchain.targets import Target, find_target
 
 MODELS = ("mcunet-5fps", "mbv2-w0.35", "proxyless-w0.3")
 CHIPS = ("stm32f746", "rp2040")

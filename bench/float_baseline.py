@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainlet.attrs import Add, Conv2d
+from trainlet.autodiff.scheme import UpdateScheme, selected_channels
 from trainlet.frontends import feature_pool, trunk
-from trainlet.ir import Graph, Node, QParams
-from trainlet.scheme import UpdateScheme, selected_channels
+from trainlet.ir.graph import Graph, Node, QParams
 
 EXACT = 1 << 24  # integers up to here are exact in float32, in any order of summation
 Values = dict[str, Tensor]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainlet.attrs import Conv2d
+from trainlet.autodiff.scheme import UpdateScheme
 from trainlet.frontends import feature_pool, trunk
-from trainlet.ir import Graph
-from trainlet.scheme import UpdateScheme
+from trainlet.ir.graph import Graph
 
 
 class FloatModel(nn.Module):

@@ -24,11 +24,11 @@ import torch
 from float_model import make_steps
 from protocol import assets, describe_machine, open_engine
 
-from trainlet.build import CACHE_VARIABLE
+from trainlet.autodiff.scheme import resolve
 from trainlet.frontends import load
-from trainlet.ir import Graph
-from trainlet.scheme import resolve
+from trainlet.ir.graph import Graph
 from trainlet.session.host import HostSession
+from trainlet.toolchain.host import CACHE_VARIABLE
 
 Job = Callable[[], object]
 LR = float(np.float32(0.1 / 256))

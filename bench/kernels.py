@@ -18,8 +18,8 @@ from itertools import groupby
 from protocol import assets, describe_machine
 
 from trainlet.attrs import Conv2d
-from trainlet.build import NATIVE, build_library
 from trainlet.frontends import load
+from trainlet.toolchain.host import NATIVE, build_library
 
 KINDS = ("forward", "dx", "dw")
 REPETITIONS = 100

@@ -15,14 +15,14 @@ from typing import Any
 
 from protocol import assets, describe_machine
 
+from trainlet.autodiff.scheme import resolve
 from trainlet.compiler import Passes, compile_model
 from trainlet.errors import TrainletError
 from trainlet.frontends import at_size, attach_head, load
-from trainlet.ir import Graph
-from trainlet.package import LR, synthetic_image
-from trainlet.scheme import resolve
+from trainlet.ir.graph import Graph
 from trainlet.session.emulator import EmulatorSession
-from trainlet.targets import find_target
+from trainlet.toolchain.package import LR, synthetic_image
+from trainlet.toolchain.targets import find_target
 
 CLASSES = 10
 SCHEMES = {

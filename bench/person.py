@@ -18,8 +18,8 @@ from typing import Any
 from protocol import assets, describe_machine, open_data, open_engine
 
 from trainlet.frontends import load
-from trainlet.picture import Curve, accuracy_svg
-from trainlet.train import evaluate
+from trainlet.svg import Curve, accuracy_svg
+from trainlet.train.loop import evaluate
 
 SCHEMES = {"99kb": ("sparse update", "#0b6e4f"), "head": ("head only", "#b04a00")}
 HERE = Path(__file__).parent
@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 
 def trainlet(*words: object) -> dict[str, Any]:
     """Runs the command and returns its JSON."""
-    command = [sys.executable, "-m", "trainlet.cli", *map(str, words), "--json"]
+    command = [sys.executable, "-m", "trainlet", *map(str, words), "--json"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

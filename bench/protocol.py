@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainlet import __version__
-from trainlet.build import FLAGS, NATIVE, compiler_version, find_compiler
+from trainlet.autodiff.scheme import resolve
 from trainlet.compiler import compile_model
-from trainlet.data import Dataset, Transform, load_data
 from trainlet.frontends import attach_head
-from trainlet.ir import Graph
-from trainlet.scheme import resolve
+from trainlet.ir.graph import Graph
 from trainlet.session.host import HostSession
+from trainlet.toolchain.host import FLAGS, NATIVE, compiler_version, find_compiler
+from trainlet.train.data import Dataset, Transform, load_data
 
 # how pictures become square: the person set is stored squeezed already, so a crop would cut people off
 RESIZE = {"voc07_person": "squeeze"}

@@ -18,9 +18,9 @@ from typing import Any, Final
 import numpy as np
 from protocol import assets, resize_of
 
+from trainlet.autodiff.scheme import resolve
 from trainlet.cli.output import RichProgress
 from trainlet.frontends import load
-from trainlet.scheme import resolve
 from trainlet.select.jobs import Clock, Executor, JobStore, LocalExecutor, run_jobs
 from trainlet.select.runs import Length, open_study, train_job
 

@@ -24,11 +24,11 @@ from typing import Any, Final
 import numpy as np
 from protocol import assets, resize_of
 
+from trainlet.autodiff.scheme import UpdateScheme, extra_memory_bytes, resolve
 from trainlet.cli.output import RichProgress
 from trainlet.compiler import compile_model
 from trainlet.errors import OverBudgetError
 from trainlet.frontends import load
-from trainlet.scheme import UpdateScheme, extra_memory_bytes, resolve
 from trainlet.select.analyze import QUICK, STANDARD, Effort, Runner
 from trainlet.select.baselines import BASELINES, bias_choice, last_choice
 from trainlet.select.choose import Chosen, choose, pick
@@ -39,8 +39,8 @@ from trainlet.select.problem import Choice, Contributions
 from trainlet.select.report import points_json
 from trainlet.select.runs import Length, Part, Place, feed, load_place, open_study, train, train_job
 from trainlet.session.host import HostSession
-from trainlet.targets import TARGETS, parse_size
-from trainlet.train import evaluate
+from trainlet.toolchain.targets import TARGETS, parse_size
+from trainlet.train.loop import evaluate
 
 RESULTS: Final = Path(__file__).parent / "results"
 SHARES: Final = (0.5, 0.7)

@@ -2,7 +2,7 @@
 """Trains the small model that `trainlet demo` ships, on Fashion-MNIST, and writes the demo's files.
 
     pip install trainlet torch && apt-get install dataset-fashion-mnist
-    python examples/train_small.py --out src/trainlet/assets
+    python examples/train_small.py --out src/trainlet/demo/assets
 
 An inverted-residual net in PyTorch -> batch norm folded -> a FLOAT graph -> calibrated and quantized to an INT8 graph,
 as NAME.json and NAME.safetensors. The images that the demo trains on are left out here, and its validation images are
@@ -27,13 +27,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from trainlet import irfile
 from trainlet.attrs import Add, Attrs, AvgPool, Conv2d
-from trainlet.data import to_int8
-from trainlet.ir import Graph, GraphBuilder, Kind, Node, Stage, Value
+from trainlet.frontends import graph_file as irfile
+from trainlet.frontends.quantize import fold_batch_norm, quantize
+from trainlet.ir.graph import Graph, GraphBuilder, Kind, Node, Stage, Value
 from trainlet.ops import conv_out_hw, is_depthwise
-from trainlet.quantize import fold_batch_norm, quantize
 from trainlet.reference import infer
+from trainlet.train.data import to_int8
 
 NAME = "fashion"
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")

@@ -55,7 +55,7 @@ def assets() -> Path:
 def tools() -> str:
     """Path of the Arm compiler; skips where it or the emulator is missing."""
     from trainlet.errors import ToolMissingError
-    from trainlet.toolchain import find_arm_gcc
+    from trainlet.toolchain.find import find_arm_gcc
 
     try:
         gcc = find_arm_gcc()
@@ -70,7 +70,7 @@ def tools() -> str:
 def qemu(tools: str) -> str:
     """Path of QEMU; skips where it, or what ``tools`` looks for, is missing."""
     from trainlet.errors import ToolMissingError
-    from trainlet.toolchain import find_qemu
+    from trainlet.toolchain.find import find_qemu
 
     try:
         return find_qemu()
@@ -83,9 +83,9 @@ def chain() -> Compiled:
     """The chain of graphs.py: its last two layers train, half of the channels of the last, with 4 fraction bits."""
     from graphs import int8_chain
 
+    from trainlet.autodiff.scheme import UpdateScheme
     from trainlet.compiler import compile_model
     from trainlet.frontends import attach_head
-    from trainlet.scheme import UpdateScheme
 
     weights = {"block.depthwise": 1.0, "block.project": 0.5}
     return compile_model(attach_head(int8_chain(), 4), UpdateScheme("chain", tuple(weights), weights, 12))

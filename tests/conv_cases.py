@@ -26,7 +26,7 @@ from trainlet.attrs import (
     SgdBias,
     SgdWeight,
 )
-from trainlet.ir import Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
+from trainlet.ir.graph import Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
 
 COUNT = 36
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from trainlet.device import FLAGS, port_sources
 from trainlet.errors import ToolMissingError
-from trainlet.targets import Target
-from trainlet.toolchain import find_arm_gcc, libgcc
+from trainlet.toolchain.chip import FLAGS, port_sources
+from trainlet.toolchain.find import find_arm_gcc, libgcc
+from trainlet.toolchain.targets import Target
 
 OBJDUMP = "arm-none-eabi-objdump"
 MEMORY = re.compile(r"(?:__aeabi_)?mem(?:cpy|move|set|cmp|clr)[48]?")

@@ -26,7 +26,7 @@ from trainlet.attrs import (
     SgdBias,
     SgdWeight,
 )
-from trainlet.ir import Array, Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
+from trainlet.ir.graph import Array, Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
 from trainlet.ops import conv_out_hw, is_depthwise
 
 CLASSES = 4

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from trainlet.build import find_compiler, kernel_sources
+from trainlet.toolchain.host import find_compiler, kernel_sources
 
 FILES = (
     "add.c", "bias.c", "conv2d.c", "conv2d_dw.c", "conv2d_dx.c", "depthwise.c", "depthwise_dw.c",

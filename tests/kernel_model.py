@@ -162,9 +162,7 @@ def dw_sums(layer: Layer, r: np.ndarray, x: np.ndarray) -> np.ndarray:
 def requantize(acc: np.ndarray, scales: Sequence[tuple[int, int]], y_zero: int, lo: int, hi: int) -> np.ndarray:
     """int8; scales (m, sh) per channel."""
     channels = acc.shape[-1]
-    flat = [
-        clamp(mbqm(int(v), *scales[i % channels]) + y_zero, lo, hi) for i, v in enumerate(acc.reshape(-1).tolist())
-    ]
+    flat = [clamp(mbqm(int(v), *scales[i % channels]) + y_zero, lo, hi) for i, v in enumerate(acc.reshape(-1).tolist())]
     return np.array(flat, np.int8).reshape(acc.shape)
 
 

@@ -11,10 +11,10 @@ import numpy as np
 from hypothesis import strategies as st
 
 from trainlet.attrs import Add, AvgPool, Conv2d
+from trainlet.autodiff.scheme import UpdateScheme
 from trainlet.frontends import attach_head, canonicalize_dead
-from trainlet.ir import Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
+from trainlet.ir.graph import Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
 from trainlet.ops import conv_out_hw, is_depthwise
-from trainlet.scheme import UpdateScheme
 
 PLAIN = ("-O1",)
 NATIVE = ("-O1", "-march=native")

@@ -11,9 +11,9 @@ from itertools import product
 from graphs import int8_chain
 from random_nets import NAMED, Net
 
+from trainlet.autodiff.scheme import trainable_layers
 from trainlet.frontends import attach_head
-from trainlet.ir import Graph
-from trainlet.scheme import trainable_layers
+from trainlet.ir.graph import Graph
 from trainlet.select.cuts import SearchLimit, depths, make_choice, options
 from trainlet.select.problem import RATIOS, Choice, Contributions
 

@@ -13,15 +13,15 @@ import pytest
 from graphs import ChainBuilder, float_chain, int8_chain
 
 from trainlet.attrs import Conv2d
-from trainlet.autodiff import differentiate
+from trainlet.autodiff.scheme import UpdateScheme, resolve, trainable_layers
+from trainlet.autodiff.walk import differentiate
 from trainlet.errors import UnsupportedError, UsageError
 from trainlet.frontends.common import attach_head
-from trainlet.ir import Array, Graph, Node, Stage
+from trainlet.ir.graph import Array, Graph, Node, Stage
 from trainlet.passes.fuse import fuse
 from trainlet.reference import initial_state, run
 from trainlet.reference.executor import REFERENCE
 from trainlet.reference.run import Run
-from trainlet.scheme import UpdateScheme, resolve, trainable_layers
 
 EPS = 1e-6
 TOLERANCE = 2e-5  # relative; a rule wrong by 5e-4 must not pass

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from trainlet.attrs import Add, AvgPool, Conv2d
 from trainlet.errors import TrainletError, UnsupportedError, UsageError
 from trainlet.frontends import attach_head, canonicalize_dead, check_sums, load, load_checkpoint
-from trainlet.ir import Graph, Kind, QParams
+from trainlet.ir.graph import Graph, Kind, QParams
 from trainlet.ops import OPS
 from trainlet.verify import verify_graph
 

@@ -20,13 +20,14 @@ import pytest
 from graphs import float_chain, int8_chain
 from PIL import Image as PilImage
 
-from trainlet import irfile, statefile
+from trainlet.autodiff.scheme import UpdateScheme
 from trainlet.cli import main
 from trainlet.cli import prepare as prepare_module
 from trainlet.cli.output import RichProgress
 from trainlet.errors import DeviceError, MismatchError, ToolMissingError
-from trainlet.scheme import UpdateScheme
-from trainlet.train import DEFAULT_LR, default_lr
+from trainlet.frontends import graph_file as irfile
+from trainlet.train import statefile
+from trainlet.train.loop import DEFAULT_LR, default_lr
 
 Run = Callable[..., tuple[int, dict[str, Any], str]]
 
@@ -237,7 +238,7 @@ def test_ctrl_c_saves_and_resume_ends_in_the_same_bytes(files: Path, tmp_path: P
     more = ["--epochs", 100, "--json"]
     args = [str(a) for a in train_args(files, tmp_path / "parts", *more)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "trainlet.cli", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "trainlet", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     wait_for(tmp_path / "parts" / "state.safetensors", process)
     process.send_signal(signal.SIGINT)
@@ -405,7 +406,7 @@ def test_exit_codes(
 @pytest.mark.parametrize("more", [[], ["--json"]])
 def test_a_reader_that_goes_away_is_no_error(files: Path, more: list[str]) -> None:
     read, write = os.pipe()
-    args = [sys.executable, "-m", "trainlet.cli", "import", str(files / "chain.json"), *more]
+    args = [sys.executable, "-m", "trainlet", "import", str(files / "chain.json"), *more]
     os.close(read)
     done = subprocess.run(args, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)

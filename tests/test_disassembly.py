@@ -22,13 +22,13 @@ from disassembly import (
 )
 from graphs import int8_chain
 
-from trainlet.build import kernel_sources
 from trainlet.cli.prepare import resolve_scheme
 from trainlet.compiler import compile_model
-from trainlet.device import build_device
 from trainlet.errors import ToolMissingError
 from trainlet.frontends import attach_head
-from trainlet.targets import TARGETS
+from trainlet.toolchain.chip import build_device
+from trainlet.toolchain.host import kernel_sources
+from trainlet.toolchain.targets import TARGETS
 
 M7 = TARGETS["stm32f746"]
 CORES = ("stm32f746", "nrf52840", "rp2040")

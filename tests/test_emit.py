@@ -15,15 +15,15 @@ from graphs import int8_chain
 from random_nets import NAMED, PLAIN, named_case
 from test_exact import difference
 
-from trainlet import build
+from trainlet.autodiff.scheme import UpdateScheme
 from trainlet.compiler import Compiled, compile_model
 from trainlet.emit import EMIT, c_float, c_name, emit, graph_hash
 from trainlet.errors import UnsupportedError
 from trainlet.frontends import attach_head
 from trainlet.ops import OPS
-from trainlet.plan import feeds
-from trainlet.scheme import UpdateScheme
+from trainlet.plan.arena import feeds
 from trainlet.session.host import HostSession
+from trainlet.toolchain import host as build
 
 STRICT = ("-std=c99", "-pedantic", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
 STEPS = 5

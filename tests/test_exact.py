@@ -20,15 +20,16 @@ from hypothesis import HealthCheck, given, settings
 from random_nets import NAMED, NATIVE, PLAIN, Case, cases, named_case
 from test_nets import BITS, LR, NETS, image
 
-from trainlet import build, scheme
 from trainlet.attrs import FusedDw, FusedDx, RoundGrad, SgdWeight
+from trainlet.autodiff import scheme
 from trainlet.compiler import Compiled, Passes, compile_model
 from trainlet.emit import emit
 from trainlet.errors import MismatchError, TrainletError, UsageError
 from trainlet.frontends import attach_head, load_checkpoint
-from trainlet.ir import Array, Node
+from trainlet.ir.graph import Array, Node
 from trainlet.reference import TrainState, infer, initial_state, train_step
 from trainlet.session.host import HostSession
+from trainlet.toolchain import host as build
 from trainlet.verify import VerifyError, verify_plan
 
 STEPS = 20

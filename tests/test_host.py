@@ -16,14 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_nets import NATIVE, PLAIN, named_case
 
-from trainlet import build
+from trainlet.autodiff.scheme import UpdateScheme
 from trainlet.compiler import Compiled, compile_model
 from trainlet.errors import ToolMissingError, UsageError
 from trainlet.frontends import attach_head
-from trainlet.ir import Array
-from trainlet.scheme import UpdateScheme
+from trainlet.ir.graph import Array
+from trainlet.plan.state import StateCodec
 from trainlet.session.host import HostSession
-from trainlet.session.state import StateCodec
+from trainlet.toolchain import host as build
 
 OK, BAD_ARGUMENT, BAD_SIZE, BAD_ALIGNMENT, BAD_LR, NOT_FINITE, BAD_ORDER, BAD_BLOB = 0, 2, 3, 4, 5, 6, 7, 8
 HEADER = 20  # bytes of a saved state before its payload

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from random_nets import NAMED, PLAIN, Case, Net, cases, full, named_case
 from test_exact import difference
 
+from trainlet.autodiff.scheme import UpdateScheme
 from trainlet.compiler import Passes, compile_model
-from trainlet.ir import Graph
-from trainlet.plan import loads, make_plan
-from trainlet.scheme import UpdateScheme
+from trainlet.ir.graph import Graph
+from trainlet.plan.arena import loads, make_plan
 from trainlet.verify import VerifyError, verify_graph, verify_plan
 
 STEPS = 3

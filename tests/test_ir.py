@@ -21,8 +21,8 @@ from safetensors.numpy import save as save_tensors
 
 from trainlet.attrs import Add, Conv2d, Conv2dDx, FusedDx, RoundGrad
 from trainlet.errors import UsageError
-from trainlet.ir import Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
-from trainlet.irfile import load, save
+from trainlet.frontends.graph_file import load, save
+from trainlet.ir.graph import Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
 from trainlet.verify import VerifyError
 
 MAKERS = [float_chain, int8_chain, train_tail]
@@ -349,7 +349,7 @@ def _folder(path: Path) -> Path:
 
 
 def test_file_above_the_limit_is_refused_unread(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainlet.irfile.MAX_JSON_BYTES", 1000)
+    monkeypatch.setattr("trainlet.frontends.graph_file.MAX_JSON_BYTES", 1000)
     with pytest.raises(UsageError, match="larger than the 1000 bytes"):
         load(saved)
 

@@ -88,9 +88,7 @@ def check_dx(lib: ctypes.CDLL, case: ConvCase, w: Weights, c: Conv) -> None:
         step = Step(key, i["A"], 0, 0)
         for y0, y1 in pairwise(cuts):
             g = Grad(plain(r), i["e_y"])
-            lib.tl_conv2d_dx_s8(
-                byref(step), byref(c), byref(v), w, g, byref(site), rx.ctypes, y0, y1, work.ctypes
-            )
+            lib.tl_conv2d_dx_s8(byref(step), byref(c), byref(v), w, g, byref(site), rx.ctypes, y0, y1, work.ctypes)
         np.testing.assert_array_equal(rx, a["rx"], "input gradient")
         assert (int(e[0]), int(rho[0]), step.rounded) == (i["e_x"], i["rho_after"], rx.size)
 

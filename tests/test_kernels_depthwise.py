@@ -54,9 +54,7 @@ def test_largest_sums(lib: ctypes.CDLL) -> None:
         quant = (np.array([s[0] for s in scales]), np.array([s[1] for s in scales]))
         sums = forward_sums(layer, x, w, np.full(2, bias))
         assert np.abs(sums).max() > 2**31 - 2**23
-        got = run_forward(
-            lib, layer, Split(w, np.arange(0)), np.full(2, bias), x, quant, (0, -128, 127), rng, False
-        )
+        got = run_forward(lib, layer, Split(w, np.arange(0)), np.full(2, bias), x, quant, (0, -128, 127), rng, False)
         same(got, requantize(sums, scales, 0, -128, 127), "largest sums")
 
 

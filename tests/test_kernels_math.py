@@ -15,7 +15,7 @@ from depthwise_checks import pack, unpack
 from kernel_library import BUILDS, FLAGS, RUNNABLE, WARNINGS, block
 from kernel_model import HI32, LO32, mbqm, mix, prescale, sat32, scale_of, smmulr, sround, store_weight
 
-from trainlet.build import find_compiler, kernel_sources
+from trainlet.toolchain.host import find_compiler, kernel_sources
 
 SHIM = """#include "tl_math.h"
 int32_t probe_mbqm(int32_t x, int32_t m, int32_t sh);

@@ -170,7 +170,9 @@ def _sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_under_sanitizers() -> None:
     """All of these tests and those of the convolution kernels, but the planted faults, in sanitized builds."""
     files = [str(Path(__file__).parent / f"test_kernels_{n}.py") for n in ("misc", "depthwise", "conv2d", "math")]
-    done = _sanitized("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not caught and not sanitizer", *files)
+    done = _sanitized(
+        "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not caught and not sanitizer", *files
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 

@@ -13,21 +13,30 @@ import numpy as np
 import pytest
 from graphs import int8_chain
 
-from trainlet import cycles, irfile
-from trainlet import device as device_module
-from trainlet import measure as measure_module
 from trainlet.cli import main
 from trainlet.cli.plan import plan as plan_command
 from trainlet.cli.prepare import load_model, prepare, resolve_scheme
 from trainlet.compiler import Compiled, compile_inference
-from trainlet.device import Firmware, build_device
 from trainlet.errors import MismatchError
 from trainlet.frontends import attach_head
-from trainlet.measure import Measurement, Program, flash_by_purpose, measure
+from trainlet.frontends import graph_file as irfile
+from trainlet.measure import cycles
+from trainlet.measure import program as measure_module
+from trainlet.measure.program import Measurement, Program, flash_by_purpose, measure
 from trainlet.session.emulator import EmulatorSession
-from trainlet.sizes import FLASH_PURPOSES, RAM_PURPOSES, Section, Symbol, code_purpose, constant_purpose, spread
-from trainlet.stack import split_arguments, stack_bound
-from trainlet.targets import TARGETS
+from trainlet.toolchain import chip as device_module
+from trainlet.toolchain.chip import Firmware, build_device
+from trainlet.toolchain.sizes import (
+    FLASH_PURPOSES,
+    RAM_PURPOSES,
+    Section,
+    Symbol,
+    code_purpose,
+    constant_purpose,
+    spread,
+)
+from trainlet.toolchain.stack import split_arguments, stack_bound
+from trainlet.toolchain.targets import TARGETS
 
 M7 = TARGETS["stm32f746"]
 TRAINING = ("tl_conv2d_dw_s8", "tl_conv2d_dx_s8", "tl_bias_sgd_s8", "tl_softmax_xent_f32", "tl_model_train_rest")

@@ -9,7 +9,7 @@ import pytest
 from random_nets import NAMED, named_case
 
 from trainlet.compiler import Compiled, compile_model
-from trainlet.memory_map import KINDS, buffers, memory_svg
+from trainlet.measure.memory_map import KINDS, buffers, memory_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainlet import scheme
 from trainlet.attrs import Conv2d, RoundGrad, SgdWeight
-from trainlet.autodiff import differentiate
+from trainlet.autodiff import scheme
+from trainlet.autodiff.walk import differentiate
 from trainlet.frontends import attach_head, load_checkpoint
-from trainlet.ir import Graph, Node
+from trainlet.ir.graph import Graph, Node
 from trainlet.reference import StepResult, TrainState, initial_state, rounding, train_step
 
 LR = float(np.float32(0.1 / 256))

@@ -15,7 +15,7 @@ import trainlet.emit
 import trainlet.reference
 import trainlet.vjp
 from trainlet.attrs import Attrs, AvgPool, Conv2d, Conv2dDx
-from trainlet.ir import Node, Stage, Value
+from trainlet.ir.graph import Node, Stage, Value
 from trainlet.ops import DTYPE_BITS, OPS, RuleError, conv_out_hw, dtype_bits, fan_in, fan_out, is_depthwise
 
 ALL = sorted(OPS)

@@ -17,16 +17,16 @@ from pathlib import Path
 import pytest
 from graphs import int8_chain
 
-from trainlet import irfile
 from trainlet.cli import main
 from trainlet.cli.prepare import resolve_scheme
 from trainlet.compiler import Compiled, compile_model
-from trainlet.device import Firmware, read_elf
 from trainlet.errors import OverBudgetError, UsageError
 from trainlet.frontends import attach_head
-from trainlet.package import STACK_BYTES, link_example, write_package
-from trainlet.targets import TARGETS, find_target, with_limits
-from trainlet.toolchain import ARM_GCC_VARIABLE, find_arm_gcc
+from trainlet.frontends import graph_file as irfile
+from trainlet.toolchain.chip import Firmware, read_elf
+from trainlet.toolchain.find import ARM_GCC_VARIABLE, find_arm_gcc
+from trainlet.toolchain.package import STACK_BYTES, link_example, write_package
+from trainlet.toolchain.targets import TARGETS, find_target, with_limits
 
 M7 = TARGETS["stm32f746"]
 HERE = ("-DHOST=ON", "-DCMAKE_BUILD_TYPE=Debug")  # compiles in a third of the time

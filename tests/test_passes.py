@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from random_nets import NAMED, PLAIN, Case, cases, named_case
 from test_exact import difference
 
+from trainlet.autodiff.scheme import resolve
 from trainlet.compiler import Passes, compile_model
 from trainlet.frontends import attach_head, load
-from trainlet.package import LR, synthetic_image
-from trainlet.scheme import resolve
 from trainlet.session.host import HostSession
-from trainlet.statefile import state_sha256
+from trainlet.toolchain.package import LR, synthetic_image
+from trainlet.train.statefile import state_sha256
 
 NONE = Passes(*(False,) * 5)
 STEPS = 3

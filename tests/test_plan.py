@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_nets import NAMED, Case, cases, named_case
 
-from trainlet import scheme
-from trainlet.autodiff import differentiate
+from trainlet.autodiff import scheme
+from trainlet.autodiff.walk import differentiate
 from trainlet.frontends import attach_head, load_checkpoint
-from trainlet.ir import Graph
+from trainlet.ir.graph import Graph
 from trainlet.passes.fuse import fuse
-from trainlet.plan import ALIGNMENT, Block, MemoryPlan, best_fit, largest_alive, lifetimes, make_plan, place
+from trainlet.plan.arena import ALIGNMENT, Block, MemoryPlan, best_fit, largest_alive, lifetimes, make_plan, place
 from trainlet.verify import verify_plan
 
 MODELS = ("mbv2-w0.35", "mcunet-5fps", "proxyless-w0.3")

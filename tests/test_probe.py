@@ -12,24 +12,24 @@ from pathlib import Path
 import pytest
 from graphs import int8_chain
 
-from trainlet import device as device_module
-from trainlet import irfile
 from trainlet.attrs import Stream
-from trainlet.build import kernel_sources
+from trainlet.autodiff.scheme import UpdateScheme
 from trainlet.cli import main
 from trainlet.compiler import ALL, Compiled, compile_model
 from trainlet.emit.emitter import comment
 from trainlet.errors import MismatchError, OverBudgetError
 from trainlet.frontends import attach_head
-from trainlet.plan import feeds
-from trainlet.probe import _first, first_difference, instrument, roomy, written
-from trainlet.scheme import UpdateScheme
+from trainlet.frontends import graph_file as irfile
+from trainlet.measure.probe import _first, first_difference, instrument, roomy, written
+from trainlet.measure.validate import validate
+from trainlet.plan.arena import feeds
 from trainlet.session.emulator import EmulatorSession
 from trainlet.session.host import HostSession
 from trainlet.session.mailbox import DeviceSession
 from trainlet.session.qemu import QemuSession
-from trainlet.targets import TARGETS
-from trainlet.validate import validate
+from trainlet.toolchain import chip as device_module
+from trainlet.toolchain.host import kernel_sources
+from trainlet.toolchain.targets import TARGETS
 
 M7 = TARGETS["stm32f746"]
 SHAPE = (8, 8, 3)

@@ -13,20 +13,20 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from trainlet import device as device_module
-from trainlet.build import kernel_sources
 from trainlet.cli.prepare import load_model, prepare, resolve_scheme
 from trainlet.compiler import Compiled
 from trainlet.errors import DeviceError, ToolMissingError, UsageError
-from trainlet.package import synthetic_image
+from trainlet.measure.validate import validate
 from trainlet.session import gdb
 from trainlet.session.emulator import EmulatorSession
 from trainlet.session.gdb import Remote
 from trainlet.session.host import HostSession
 from trainlet.session.qemu import BOARDS, QemuMachine, QemuSession, Region, board_target, protection, regions
-from trainlet.targets import TARGETS, with_limits
-from trainlet.toolchain import find_qemu
-from trainlet.validate import validate
+from trainlet.toolchain import chip as device_module
+from trainlet.toolchain.find import find_qemu
+from trainlet.toolchain.host import kernel_sources
+from trainlet.toolchain.package import synthetic_image
+from trainlet.toolchain.targets import TARGETS, with_limits
 
 M7 = TARGETS["stm32f746"]
 LR = 0.01

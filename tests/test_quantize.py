@@ -12,14 +12,14 @@ from graphs import ChainBuilder, float_chain, int8_chain
 from numpy.typing import NDArray
 
 from trainlet.attrs import Attrs, Conv2d, Mask
+from trainlet.autodiff.scheme import resolve
 from trainlet.compiler import compile_model
 from trainlet.errors import TrainletError, UnsupportedError, UsageError
 from trainlet.frontends import attach_head
-from trainlet.ir import Graph, Kind, Node, Stage, Value
-from trainlet.quantize import PIXELS, calibrate, fold_batch_norm, quantize, range_qparams
+from trainlet.frontends.quantize import PIXELS, calibrate, fold_batch_norm, quantize, range_qparams
+from trainlet.ir.graph import Graph, Kind, Node, Stage, Value
 from trainlet.reference import infer, run
 from trainlet.reference.linear import conv_sum
-from trainlet.scheme import resolve
 
 RNG = np.random.default_rng(7)
 IMAGES = RNG.integers(-128, 128, (24, 8, 8, 3)).astype(np.int8)

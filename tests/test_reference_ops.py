@@ -14,16 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainlet.attrs import Conv2d
-from trainlet.autodiff import differentiate
+from trainlet.autodiff.scheme import UpdateScheme, resolve
+from trainlet.autodiff.walk import differentiate
 from trainlet.errors import MismatchError, UsageError
-from trainlet.ir import Graph, Stage
+from trainlet.ir.graph import Graph, Stage
 from trainlet.ops import OPS, conv_out_hw, is_depthwise
 from trainlet.reference import REFERENCE, Status, infer, initial_state, random_head, run, train_step
 from trainlet.reference import arithmetic as ar
 from trainlet.reference.executor import execute, start
 from trainlet.reference.linear import carrier, conv_dw_sum, conv_dx_sum, conv_sum
 from trainlet.reference.rounding import EXACT, Site, Sums, add_further
-from trainlet.scheme import UpdateScheme, resolve
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 H = st.integers(-(2**30), 2**30)

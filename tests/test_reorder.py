@@ -17,17 +17,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_nets import NAMED, Case, Net, cases, full, named_case
 
-from trainlet import scheme
-from trainlet.autodiff import UPDATES, differentiate
+from trainlet.autodiff import scheme
+from trainlet.autodiff.walk import UPDATES, differentiate
 from trainlet.errors import TrainletError, UnsupportedError
 from trainlet.frontends import attach_head, load_checkpoint
-from trainlet.ir import Array, Graph, Node, Stage
+from trainlet.ir.graph import Array, Graph, Node, Stage
+from trainlet.passes.depth_first import stream
 from trainlet.passes.fuse import fuse
 from trainlet.passes.inplace import inplace
 from trainlet.passes.reorder import WINDOW, order_bound, reorder
-from trainlet.passes.stream import stream
-from trainlet.plan import loads, make_plan
-from trainlet.prefix import prefix_length
+from trainlet.plan.arena import loads, make_plan
+from trainlet.plan.prefix import prefix_length
 from trainlet.reference import initial_state, train_step
 from trainlet.verify import VerifyError, verify_graph
 

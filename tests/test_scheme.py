@@ -16,10 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainlet.attrs import Add, AvgPool, Conv2d
-from trainlet.errors import UsageError
-from trainlet.frontends import attach_head, load_checkpoint
-from trainlet.ir import Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
-from trainlet.scheme import (
+from trainlet.autodiff.scheme import (
     UpdateScheme,
     check_scheme,
     extra_memory_bytes,
@@ -31,6 +28,9 @@ from trainlet.scheme import (
     selected_channels,
     trainable_layers,
 )
+from trainlet.errors import UsageError
+from trainlet.frontends import attach_head, load_checkpoint
+from trainlet.ir.graph import Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
 
 ASSETS = os.environ.get("TRAINLET_ASSETS")
 needs_assets = pytest.mark.skipif(not ASSETS, reason="TRAINLET_ASSETS is not set")

@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from separable import write_separable
 
+from trainlet.autodiff.scheme import UpdateScheme, trainable_layers
 from trainlet.compiler import compile_model
 from trainlet.errors import MismatchError, OverBudgetError, UsageError
-from trainlet.scheme import UpdateScheme, trainable_layers
 from trainlet.select import runs
 from trainlet.select.analyze import QUICK, STANDARD, Effort, Runner, analyze
 from trainlet.select.baselines import BASELINES
@@ -34,7 +34,7 @@ from trainlet.select.problem import Choice, Contributions
 from trainlet.select.report import contributions_json, contributions_svg, memory_loss_svg, points_json
 from trainlet.select.runs import Length, Part, Study, load_place, open_job, open_study, split_indices, train_job
 from trainlet.session.host import HostSession
-from trainlet.train import Silent
+from trainlet.train.loop import Silent
 
 SHORT = Length(60, 24, 2)
 RATE = 0.03

@@ -17,12 +17,12 @@ import pytest
 from graphs import int8_chain
 from separable import write_separable
 
-from trainlet import irfile
+from trainlet.autodiff.scheme import load_scheme
 from trainlet.cli import main
 from trainlet.errors import ToolMissingError
-from trainlet.scheme import load_scheme
+from trainlet.frontends import graph_file as irfile
 from trainlet.select.jobs import JobStore
-from trainlet.toolchain import find_arm_gcc
+from trainlet.toolchain.find import find_arm_gcc
 
 Run = Callable[..., tuple[int, dict[str, Any], str]]
 PICTURES = ("contributions.svg", "search.svg", "memory.svg")
@@ -159,7 +159,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_scheme(files: Path, tmp_
     rng = random.Random(0)
     kept = 0
     for _ in range(2):
-        process = subprocess.Popen([sys.executable, "-m", "trainlet.cli", *words(files, parts, *more)])
+        process = subprocess.Popen([sys.executable, "-m", "trainlet", *words(files, parts, *more)])
         deadline = time.monotonic() + 60
         while _count(parts) < kept + 2 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -16,20 +16,20 @@ from hypothesis import strategies as st
 from random_nets import Case, cases
 from select_cases import SMALL, drawn, every_choice, mcunet, on_curve, small
 
+from trainlet.autodiff.scheme import UpdateScheme, extra_memory_bytes, published_names, resolve, trainable_layers
 from trainlet.compiler import ALL, Passes, compile_model, plan_model
-from trainlet.device import build_device
 from trainlet.errors import OverBudgetError, ToolMissingError, UsageError
 from trainlet.frontends import attach_head, load_checkpoint
-from trainlet.ir import Graph
-from trainlet.scheme import UpdateScheme, extra_memory_bytes, published_names, resolve, trainable_layers
+from trainlet.ir.graph import Graph
 from trainlet.select import exact as exact_module
 from trainlet.select.baselines import published_choices
 from trainlet.select.cuts import Cut, Option, Step, gap, options, overrun, strongest
 from trainlet.select.exact import exact
 from trainlet.select.limits import AnalyticLimit, Linked, PlannedLimit
 from trainlet.select.problem import RATIOS, Choice, Contributions, Selection
-from trainlet.targets import TARGETS, with_limits
-from trainlet.toolchain import find_arm_gcc
+from trainlet.toolchain.chip import build_device
+from trainlet.toolchain.find import find_arm_gcc
+from trainlet.toolchain.targets import TARGETS, with_limits
 
 KIB = 1024
 M7 = TARGETS["stm32f746"]

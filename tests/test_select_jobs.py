@@ -30,7 +30,7 @@ from trainlet.select.jobs import (
     open_executor,
     run_jobs,
 )
-from trainlet.train import Silent
+from trainlet.train.loop import Silent
 
 # --- keys and the file --------------------------------------------------------------------------------------
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from random_nets import NAMED
 from select_cases import drawn, every_choice, mcunet, on_curve, small
 
+from trainlet.autodiff.scheme import resolve, trainable_layers
 from trainlet.errors import OverBudgetError, UsageError
-from trainlet.scheme import resolve, trainable_layers
 from trainlet.select.baselines import bias_choice, last_choice, may_fit, published_choices
 from trainlet.select.cuts import Selector, Step, gap
 from trainlet.select.evolution import Settings, evolution

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from select_cases import drawn, small
 
+from trainlet.autodiff.scheme import trainable_layers
 from trainlet.errors import OverBudgetError, UsageError
-from trainlet.scheme import trainable_layers
 from trainlet.select.cuts import Selector
 from trainlet.select.evolution import evolution
 from trainlet.select.exact import exact
@@ -17,7 +17,7 @@ from trainlet.select.limits import PlannedLimit
 from trainlet.select.methods import METHODS, best_over_bits
 from trainlet.select.problem import Choice, Contributions
 from trainlet.select.work import StepWork
-from trainlet.targets import TARGETS, parse_count
+from trainlet.toolchain.targets import TARGETS, parse_count
 
 M7 = TARGETS["stm32f746"]
 ROOM = 320 * 1024

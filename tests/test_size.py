@@ -9,9 +9,9 @@ from random_nets import Case
 from test_exact import difference
 
 from trainlet.attrs import AvgPool
+from trainlet.autodiff.scheme import UpdateScheme
 from trainlet.errors import UsageError
 from trainlet.frontends import at_size, attach_head
-from trainlet.scheme import UpdateScheme
 
 SCHEME = UpdateScheme("chain", ("block.depthwise", "block.project"), {"block.project": 0.5}, 8)
 

@@ -11,14 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from random_nets import NAMED, PLAIN, Case, Net, cases, full, named_case
 from test_exact import difference
 
-from trainlet import irfile
 from trainlet.attrs import Stream
 from trainlet.compiler import Compiled, Passes, compile_model
 from trainlet.emit import emit
 from trainlet.errors import UnsupportedError, UsageError
-from trainlet.ir import Graph
-from trainlet.passes.stream import Run, can_be_fed, can_stream, wrap_runs
-from trainlet.plan import feeds, make_plan
+from trainlet.frontends import graph_file as irfile
+from trainlet.ir.graph import Graph
+from trainlet.passes.depth_first import Run, can_be_fed, can_stream, wrap_runs
+from trainlet.plan.arena import feeds, make_plan
 from trainlet.rows import Window, ring_rows
 from trainlet.verify import VerifyError, verify_plan, verify_streams
 

@@ -16,14 +16,14 @@ from graphs import int8_chain
 from kernel_library import block, library
 from numpy.typing import NDArray
 
-from trainlet import device
-from trainlet.build import kernel_sources
+from trainlet.autodiff.scheme import UpdateScheme
 from trainlet.compiler import Compiled, compile_model
 from trainlet.errors import DeviceError, ToolMissingError
 from trainlet.frontends import attach_head
-from trainlet.scheme import UpdateScheme
 from trainlet.session.emulator import Machine
-from trainlet.targets import KIB, TARGETS, with_limits
+from trainlet.toolchain import chip as device
+from trainlet.toolchain.host import kernel_sources
+from trainlet.toolchain.targets import KIB, TARGETS, with_limits
 
 Ints = NDArray[np.signedinteger]
 

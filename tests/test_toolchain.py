@@ -12,20 +12,20 @@ from pathlib import Path
 import pytest
 from graphs import int8_chain
 
-from trainlet import armcc
-from trainlet.armcc import Gcc, Zig, find_arm_compiler, object_call_graph
+from trainlet.autodiff.scheme import UpdateScheme
 from trainlet.compiler import Compiled, compile_model
-from trainlet.device import FLAGS
 from trainlet.errors import OverBudgetError, ToolMissingError, UnsupportedError
 from trainlet.frontends import attach_head
-from trainlet.package import synthetic_image
-from trainlet.scheme import UpdateScheme
 from trainlet.session.emulator import EmulatorSession
 from trainlet.session.host import HostSession
-from trainlet.stack import stack_bound
-from trainlet.targets import TARGETS, Target, with_limits
-from trainlet.thumb import call_before, call_target, instructions, is_register_call, is_register_jump
-from trainlet.toolchain import ARM_GCC, ARM_GCC_VARIABLE, doctor, find_arm_gcc, find_zig
+from trainlet.toolchain import armcc
+from trainlet.toolchain.armcc import Gcc, Zig, find_arm_compiler, object_call_graph
+from trainlet.toolchain.chip import FLAGS
+from trainlet.toolchain.find import ARM_GCC, ARM_GCC_VARIABLE, doctor, find_arm_gcc, find_zig
+from trainlet.toolchain.package import synthetic_image
+from trainlet.toolchain.stack import stack_bound
+from trainlet.toolchain.targets import TARGETS, Target, with_limits
+from trainlet.toolchain.thumb import call_before, call_target, instructions, is_register_call, is_register_jump
 
 ZIG_IS_THERE = importlib.util.find_spec("ziglang") is not None
 

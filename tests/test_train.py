@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import save as save_tensors
 
-from trainlet import statefile
-from trainlet.data import Dataset, Draw, Transform, load_data
 from trainlet.errors import MismatchError, UsageError
-from trainlet.session import Image, StepInfo
-from trainlet.statefile import StateMeta, TrainedState, state_sha256
-from trainlet.train import (
+from trainlet.ir import Image
+from trainlet.session import StepInfo
+from trainlet.train import statefile
+from trainlet.train.data import Dataset, Draw, Transform, load_data
+from trainlet.train.loop import (
     CHECKPOINT_FILE,
     METRICS_FILE,
     STATE_FILE,
@@ -37,6 +37,7 @@ from trainlet.train import (
     evaluate,
     learning_rate,
 )
+from trainlet.train.statefile import StateMeta, TrainedState, state_sha256
 
 SHAPE = (4, 4, 3)
 CLASSES = 3

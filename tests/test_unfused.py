@@ -15,18 +15,18 @@ from random_nets import NAMED, PLAIN, Case, cases, named_case
 from test_exact import SANITIZE, _cc, difference, expected_bytes, run_sanitized
 from test_stream import planned
 
-from trainlet import build
 from trainlet.attrs import Conv2d, Conv2dDw, FusedDb, FusedDw, SgdBias, SgdWeight
-from trainlet.autodiff import UPDATES, differentiate
+from trainlet.autodiff.walk import UPDATES, differentiate
 from trainlet.compiler import Compiled, Passes, compile_model
 from trainlet.emit import emit
-from trainlet.ir import Graph, Node, Stage, Value
+from trainlet.ir.graph import Graph, Node, Stage, Value
 from trainlet.ops import OPS, RuleError
+from trainlet.passes.depth_first import stream
 from trainlet.passes.fuse import fuse
 from trainlet.passes.inplace import inplace
 from trainlet.passes.reorder import reorder
-from trainlet.passes.stream import stream
 from trainlet.session.host import HostSession
+from trainlet.toolchain import host as build
 
 STEPS = 4
 SUMS = ("conv2d_dx", "conv2d_dw", "conv2d_db")

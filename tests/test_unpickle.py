@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainlet.frontends.unpickle import MAX_BYTES, PickleError, loads
+from trainlet.frontends.published.unpickle import MAX_BYTES, PickleError, loads
 
 
 class Evil:

@@ -13,7 +13,7 @@ from graphs import float_chain, int8_chain, train_tail
 
 from trainlet.attrs import Add, Attrs, SelectChannels
 from trainlet.errors import UnsupportedError
-from trainlet.ir import Array, Graph, Kind, QParams, Stage
+from trainlet.ir.graph import Array, Graph, Kind, QParams, Stage
 from trainlet.verify import VerifyError, verify_graph, verify_plan
 
 # --- graphs -------------------------------------------------------------------------------------------------

@@ -14,29 +14,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trainlet.autodiff import differentiate
-    from trainlet.compiler import Compiled, compile_model
+    from trainlet.autodiff.scheme import UpdateScheme, resolve
+    from trainlet.autodiff.walk import differentiate
+    from trainlet.compiler import compile_model
+    from trainlet.emit import Compiled
     from trainlet.frontends import attach_head, load
-    from trainlet.package import write_package
     from trainlet.passes.fuse import fuse
-    from trainlet.plan import make_plan
-    from trainlet.scheme import UpdateScheme, resolve
+    from trainlet.plan.arena import make_plan
     from trainlet.session.host import HostSession
+    from trainlet.toolchain.package import write_package
 
-__version__ = "0.1.0"
+from trainlet._version import __version__ as __version__
 
 _HOME = {
     "load": "trainlet.frontends",
     "attach_head": "trainlet.frontends",
-    "UpdateScheme": "trainlet.scheme",
-    "resolve": "trainlet.scheme",
-    "differentiate": "trainlet.autodiff",
+    "UpdateScheme": "trainlet.autodiff.scheme",
+    "resolve": "trainlet.autodiff.scheme",
+    "differentiate": "trainlet.autodiff.walk",
     "fuse": "trainlet.passes.fuse",
-    "make_plan": "trainlet.plan",
-    "Compiled": "trainlet.compiler",
+    "make_plan": "trainlet.plan.arena",
+    "Compiled": "trainlet.emit",
     "compile_model": "trainlet.compiler",
     "HostSession": "trainlet.session.host",
-    "write_package": "trainlet.package",
+    "write_package": "trainlet.toolchain.package",
 }
 
 __all__ = [

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from trainlet.ir import Node, Value
+    from trainlet.ir.graph import Node, Value
 
 
 @dataclass(frozen=True, slots=True)

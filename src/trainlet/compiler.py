@@ -5,16 +5,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from trainlet.autodiff import differentiate
-from trainlet.emit import Sources, emit, graph_hash
-from trainlet.ir import Graph, Stage
-from trainlet.layout import StateLayout, state_layout
+from trainlet.autodiff.scheme import UpdateScheme
+from trainlet.autodiff.walk import differentiate
+from trainlet.emit import Compiled as Compiled
+from trainlet.emit import emit, graph_hash
+from trainlet.ir.graph import Graph, Stage
+from trainlet.passes.depth_first import stream
 from trainlet.passes.fuse import fuse
 from trainlet.passes.inplace import inplace
 from trainlet.passes.reorder import reorder
-from trainlet.passes.stream import stream
-from trainlet.plan import MemoryPlan, make_plan
-from trainlet.scheme import UpdateScheme
+from trainlet.plan.arena import MemoryPlan, make_plan
+from trainlet.plan.state import StateLayout, state_layout
 from trainlet.verify import verify_graph, verify_plan
 
 
@@ -32,25 +33,6 @@ class Passes:
 
 
 ALL = Passes()
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """A compiled model: ``train`` is the step as differentiated (or the model, for inference alone), ``graph`` what is
-    emitted. ``model_hash`` is the SHA-256 of ``train`` and its data, whatever passes ran."""
-
-    train: Graph
-    graph: Graph
-    scheme: UpdateScheme
-    plan: MemoryPlan
-    layout: StateLayout
-    sources: Sources
-    model_hash: str
-
-    @property
-    def state_bytes(self) -> int:
-        """SRAM that holds the trained state."""
-        return self.layout.nbytes
 
 
 @dataclass(frozen=True)

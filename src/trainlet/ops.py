@@ -36,7 +36,7 @@ from trainlet.attrs import (
 )
 
 if TYPE_CHECKING:
-    from trainlet.ir import Node, Value
+    from trainlet.ir.graph import Node, Value
 
 DTYPE_BITS = {"b1": 1, "s4": 4, "s8": 8, "s16": 16, "u16": 16, "s32": 32, "f32": 32}
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from trainlet.attrs import Attrs, Conv2d
-from trainlet.ir import Node, Value
+from trainlet.ir.graph import Node, Value
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 from trainlet.attrs import Attrs, AvgPool, AvgPoolDx, Conv2d, Conv2dDb, Conv2dDw, Conv2dDx, SgdBias, SgdWeight
 from trainlet.errors import UnsupportedError
-from trainlet.ir import Node, Value
+from trainlet.ir.graph import Node, Value
 from trainlet.numerics import MAX_UPDATE_PIXELS, dx_bits
 from trainlet.ops import fan_out
 
 if TYPE_CHECKING:
-    from trainlet.autodiff import Tape
+    from trainlet.autodiff.walk import Tape
 
 
 @dataclass(frozen=True, slots=True)

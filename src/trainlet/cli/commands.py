@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainlet import __version__
+from trainlet._version import __version__
 from trainlet.cli.output import Report, RichProgress, Table, grouped, size
 from trainlet.errors import ToolMissingError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from trainlet.cli.prepare import Prepared
-    from trainlet.data import Dataset
     from trainlet.session import Session
-    from trainlet.targets import Target
+    from trainlet.toolchain.targets import Target
+    from trainlet.train.data import Dataset
 
 app = typer.Typer(
     add_completion=False,
@@ -89,8 +89,8 @@ def import_(
     json: Json = False,
 ) -> Report:
     """Read a model file and say what is in it."""
-    from trainlet import irfile
     from trainlet.cli.prepare import load_model, prepare_out, summary
+    from trainlet.frontends import graph_file as irfile
 
     graph = load_model(file)
     data = summary(graph)
@@ -122,8 +122,8 @@ def compile_(
 ) -> Report:
     """Write the C of inference and training, ready to build here or for a chip."""
     from trainlet.cli.prepare import check_sram, choose_target, prepare_out
-    from trainlet.package import write_package
-    from trainlet.targets import find_target
+    from trainlet.toolchain.package import write_package
+    from trainlet.toolchain.targets import find_target
 
     if target is None and flash is not None:
         raise UsageError("--flash: nothing is built for a chip; give --target too")
@@ -146,7 +146,7 @@ def compile_(
 def _linked(p: Prepared, chip: Target) -> tuple[dict[str, Any], list[Table], list[str]]:
     """JSON, tables and lines of the example for a chip as it was linked; without the tools for that nothing is known.
     OverBudgetError where it does not fit."""
-    from trainlet.package import link_example
+    from trainlet.toolchain.package import link_example
 
     facts = {"target": chip.name, "sram_bytes": chip.sram_bytes, "flash_limit_bytes": chip.flash_bytes}
     try:
@@ -221,9 +221,9 @@ def train(
 ) -> Report:
     """Train a model on labelled images, in generated C."""
     from trainlet.cli.prepare import check_sram, choose_target, load_model, prepare, prepare_out, resolve_scheme
-    from trainlet.data import Transform
-    from trainlet.statefile import StateMeta
-    from trainlet.train import Run, TrainConfig, default_lr
+    from trainlet.train.data import Transform
+    from trainlet.train.loop import Run, TrainConfig, default_lr
+    from trainlet.train.statefile import StateMeta
 
     words = tuple(w.strip() for w in augment.split(",") if w.strip())
     if resume and overwrite:
@@ -276,10 +276,10 @@ def evaluate(
     """Measure a trained state on the validation images."""
     import time
 
-    from trainlet import statefile
     from trainlet.cli.prepare import load_model
-    from trainlet.data import Transform
-    from trainlet.train import evaluate as run
+    from trainlet.train import statefile
+    from trainlet.train.data import Transform
+    from trainlet.train.loop import evaluate as run
 
     if state is None:
         raise UnsupportedError(
@@ -324,8 +324,8 @@ def evaluate(
 
 def _prepare_state(graph: Any, path: Path, stored: Any, scheme: str | None) -> Prepared:
     """Compiles for the scheme that the state was trained with."""
+    from trainlet.autodiff.scheme import check_scheme, from_json
     from trainlet.cli.prepare import prepare, resolve_scheme
-    from trainlet.scheme import check_scheme, from_json
 
     try:
         mine = check_scheme(from_json(stored.meta.scheme), graph)
@@ -349,7 +349,7 @@ def _shape(graph: Any) -> tuple[int, int, int]:
 
 
 def _dataset(path: Path, transform: Any) -> Dataset:
-    from trainlet.data import load_data
+    from trainlet.train.data import load_data
 
     return load_data(path, transform)
 

@@ -25,7 +25,7 @@ def demo(
 ) -> Report:
     """Show on-device training with a shipped model, on an emulated chip with 64 KB of SRAM; needs no file."""
     from trainlet.cli.prepare import choose_target, prepare_out
-    from trainlet.demo import SRAM, Demo
+    from trainlet.demo.run import SRAM, Demo
     from trainlet.errors import UsageError
 
     if resume and overwrite:

@@ -28,16 +28,16 @@ from trainlet.errors import UsageError
 
 if TYPE_CHECKING:
     from trainlet.cli.prepare import Prepared
+    from trainlet.measure.validate import Validation
     from trainlet.session import Session
     from trainlet.session.mailbox import DeviceSession
-    from trainlet.targets import Target
-    from trainlet.validate import Validation
+    from trainlet.toolchain.targets import Target
 
 
 @command("doctor")
 def doctor(json: Json = False) -> Report:
     """Say which tools are found and how to install what is missing."""
-    from trainlet.toolchain import doctor as look
+    from trainlet.toolchain.find import doctor as look
 
     rows = look()
     tools = [{**asdict(r), "found": r.found} for r in rows]
@@ -50,7 +50,7 @@ def doctor(json: Json = False) -> Report:
 @command("targets")
 def targets(json: Json = False) -> Report:
     """List the chips that code can be built for."""
-    from trainlet.targets import TARGETS
+    from trainlet.toolchain.targets import TARGETS
 
     data = [
         {
@@ -130,8 +130,8 @@ def _validated(
     p: Prepared, host: Session, make: Callable[..., DeviceSession], chip: Target, steps: int
 ) -> tuple[Validation, dict[str, int]]:
     """What one emulator has compared and measured."""
-    from trainlet.probe import first_difference
-    from trainlet.validate import validate as compare
+    from trainlet.measure.probe import first_difference
+    from trainlet.measure.validate import validate as compare
 
     device = make(p.compiled, chip)
     try:

@@ -29,9 +29,9 @@ from trainlet.errors import UsageError
 
 if TYPE_CHECKING:
     from trainlet.cli.prepare import Prepared
-    from trainlet.cycles import CycleEstimate
-    from trainlet.measure import Measurement, Program, Work
-    from trainlet.targets import Target
+    from trainlet.measure.cycles import CycleEstimate
+    from trainlet.measure.program import Measurement, Program, Work
+    from trainlet.toolchain.targets import Target
 
 _COSTLIEST: Final = 15
 _OUTSIDE: Final = "(between the nodes)"
@@ -65,7 +65,7 @@ def plan(
 ) -> Report:
     """Say how much memory training takes."""
     from trainlet.cli.prepare import check_sram, write_picture
-    from trainlet.memory_map import memory_svg
+    from trainlet.measure.memory_map import memory_svg
 
     if ablate:
         return _ablation(model, scheme, classes, bits, picture)
@@ -89,10 +89,10 @@ def plan(
 
 def _ablation(model: Path, scheme: str, classes: int, bits: int | None, picture: Path | None) -> Report:
     """The SRAM of one program for each pass more, all on the chip that has room for everything."""
-    from trainlet.ablate import STAGES, ablate, ablation_svg, saved
     from trainlet.cli.prepare import load_model, resolve_scheme, write_picture
     from trainlet.frontends import attach_head
-    from trainlet.targets import TARGETS
+    from trainlet.measure.ablate import STAGES, ablate, ablation_svg, saved
+    from trainlet.toolchain.targets import TARGETS
 
     graph, chip = load_model(model), TARGETS["lab"]
     chosen = resolve_scheme(scheme, graph, bits)
@@ -116,8 +116,8 @@ def _ablation(model: Path, scheme: str, classes: int, bits: int | None, picture:
 def _chip(measured: bool, on: str | None, name: str | None, sram: str | None, flash: str | None) -> Target | None:
     """The chip to measure on; None where nothing is measured. UsageError for a chip that nothing would run on."""
     from trainlet.cli.prepare import choose_target
-    from trainlet.cycles import CORE
-    from trainlet.targets import find_target
+    from trainlet.measure.cycles import CORE
+    from trainlet.toolchain.targets import find_target
 
     if not measured:
         given = {"--on": on, "--target": name, "--flash": flash}
@@ -130,14 +130,12 @@ def _chip(measured: bool, on: str | None, name: str | None, sram: str | None, fl
     return choose_target(on or (find_target(name).core if name else CORE), name, sram, flash)
 
 
-def _measure(
-    p: Prepared, classes: int, chip: Target, profile: bool
-) -> tuple[dict[str, Any], list[Table], list[str]]:
+def _measure(p: Prepared, classes: int, chip: Target, profile: bool) -> tuple[dict[str, Any], list[Table], list[str]]:
     """JSON, tables and lines of a measurement."""
     from trainlet.cli.prepare import find_passes
     from trainlet.compiler import compile_inference
     from trainlet.frontends import attach_head
-    from trainlet.measure import estimate_cycles, measure
+    from trainlet.measure.program import estimate_cycles, measure
 
     found = measure(p.compiled, compile_inference(attach_head(p.model, classes), find_passes(p.input)), chip)
     estimates = [estimate_cycles(program) for program in (found.train, found.infer)]

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainlet import frontends, irfile
+from trainlet import frontends
 from trainlet.attrs import Conv2d
-from trainlet.compiler import Compiled, Passes, compile_model
+from trainlet.autodiff.scheme import UpdateScheme, extra_memory_bytes, resolve
+from trainlet.compiler import Passes, compile_model
+from trainlet.emit import Compiled
 from trainlet.errors import OverBudgetError, UsageError
-from trainlet.ir import Graph, Stage
-from trainlet.plan import largest_alive
-from trainlet.scheme import UpdateScheme, extra_memory_bytes, resolve
-from trainlet.targets import DEFAULT_TARGET, Target, find_target, parse_size, with_limits
+from trainlet.frontends import graph_file as irfile
+from trainlet.ir.graph import Graph, Stage
+from trainlet.plan.arena import largest_alive
+from trainlet.toolchain.targets import DEFAULT_TARGET, Target, find_target, parse_size, with_limits
 
 INPUTS = ("rows", "image")
 

@@ -13,12 +13,12 @@ from trainlet.cli.output import Report, RichProgress, Table, grouped
 from trainlet.errors import OverBudgetError, UsageError
 
 if TYPE_CHECKING:
-    from trainlet.ir import Graph
-    from trainlet.scheme import UpdateScheme
+    from trainlet.autodiff.scheme import UpdateScheme
+    from trainlet.ir.graph import Graph
     from trainlet.select.analyze import Effort
     from trainlet.select.choose import Chosen
     from trainlet.select.report import Point
-    from trainlet.targets import Target
+    from trainlet.toolchain.targets import Target
 
 
 @command("select")
@@ -79,8 +79,8 @@ def select(
     from trainlet.select.jobs import FILE, Clock, JobStore, open_executor
     from trainlet.select.limits import PlannedLimit
     from trainlet.select.runs import open_study
-    from trainlet.targets import find_target, parse_count, parse_size, with_limits
-    from trainlet.train import TrainConfig
+    from trainlet.toolchain.targets import find_target, parse_count, parse_size, with_limits
+    from trainlet.train.loop import TrainConfig
 
     began = time.perf_counter()
     widths, selector = _widths(bits), find_selector(method, max_drop)
@@ -132,7 +132,7 @@ def select(
 
 def _widths(text: str) -> list[int]:
     """The bits of ``--bits``, each once."""
-    from trainlet.scheme import FRACTION_BITS
+    from trainlet.autodiff.scheme import FRACTION_BITS
 
     words = [w.strip() for w in text.split(",")]
     known = {str(b): b for b in FRACTION_BITS}
@@ -145,7 +145,7 @@ def _widths(text: str) -> list[int]:
 def _measured(graph: Graph, scheme: UpdateScheme, chip: Target) -> dict[str, Any]:
     """What the linked program takes on the emulated chip. OverBudgetError where that is above the limit."""
     from trainlet.compiler import compile_inference, compile_model
-    from trainlet.measure import measure
+    from trainlet.measure.program import measure
 
     program = measure(compile_model(graph, scheme), compile_inference(graph), chip).train
     if program.ram_bytes > chip.sram_bytes:

@@ -13,9 +13,9 @@ import numpy as np
 
 from trainlet import numerics
 from trainlet.attrs import Conv2d, MaskFrom, RoundGrad
-from trainlet.ir import Array, Graph, Kind, Node, Value
-from trainlet.layout import StateLayout
-from trainlet.plan import MemoryPlan, geometry, stream_counters
+from trainlet.ir.graph import Array, Graph, Kind, Node, Value
+from trainlet.plan.arena import MemoryPlan, geometry, stream_counters
+from trainlet.plan.state import StateLayout
 
 CTYPE = {"s8": "int8_t", "s16": "int16_t", "u16": "uint16_t", "s32": "int32_t", "f32": "float", "b1": "uint8_t",
          "s4": "uint8_t"}  # fmt: skip

@@ -15,14 +15,14 @@ from typing import Final
 import numpy as np
 
 from trainlet.attrs import Stream
+from trainlet.emit.depth_first import stream_text
 from trainlet.emit.emitter import Emitter, c_float, c_name, comment
 from trainlet.emit.statement import REFUSES, function, statement
-from trainlet.emit.stream import stream_text
 from trainlet.errors import UnsupportedError
-from trainlet.ir import Graph, Kind, Node, Stage
-from trainlet.layout import StateLayout
-from trainlet.plan import MemoryPlan, feeds
-from trainlet.prefix import prefix_length
+from trainlet.ir.graph import Graph, Kind, Node, Stage
+from trainlet.plan.arena import MemoryPlan, feeds
+from trainlet.plan.prefix import prefix_length
+from trainlet.plan.state import StateLayout
 
 _HEADERS: Final = frozenset((
     "assert", "complex", "ctype", "errno", "fenv", "float", "inttypes", "iso646", "limits", "locale", "math", "setjmp",

@@ -25,8 +25,8 @@ from trainlet.attrs import (
     SgdWeight,
 )
 from trainlet.emit.emitter import Emitter, c_float
-from trainlet.ir import Kind, Node
-from trainlet.plan import ready_weights, weight_update
+from trainlet.ir.graph import Kind, Node
+from trainlet.plan.arena import ready_weights, weight_update
 
 
 def call(function: str, *args: object) -> str:

@@ -9,7 +9,7 @@ from typing import Final
 
 from trainlet.emit.emitter import Emitter, comment
 from trainlet.emit.rules import EMIT
-from trainlet.ir import Node
+from trainlet.ir.graph import Node
 
 REFUSES: Final = frozenset({"check_lr", "softmax_xent", "avg_pool_dx"})
 """Operators whose call may end the step with a status."""

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Final
 
 from trainlet.errors import UnsupportedError, UsageError
-from trainlet.frontends.checkpoint import load_checkpoint
 from trainlet.frontends.common import attach_head, canonicalize_dead, check_sums, feature_pool, trunk
+from trainlet.frontends.published.checkpoint import load_checkpoint
 from trainlet.frontends.size import at_size
-from trainlet.ir import Graph
+from trainlet.ir.graph import Graph
 
 __all__ = [
     "at_size",

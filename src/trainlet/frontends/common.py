@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from trainlet.attrs import Attrs, AvgPool
 from trainlet.errors import UnsupportedError, UsageError
-from trainlet.ir import Graph, GraphBuilder, Kind, Node, Value
+from trainlet.ir.graph import Graph, GraphBuilder, Kind, Node, Value
 
 DEAD_RATIO = 2.0**-16  # a channel whose scale is below this share of the layer's largest has no usable scale
 MAX_BIAS = 1 << 30

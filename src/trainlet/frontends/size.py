@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from trainlet.attrs import AvgPool
 from trainlet.errors import UsageError
-from trainlet.ir import Graph, Node, Value
+from trainlet.ir.graph import Graph, Node, Value
 from trainlet.ops import OPS, RuleError
 from trainlet.verify import verify_graph
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from trainlet.attrs import Conv2dDw, Conv2dDx, FusedDb, FusedDw, FusedDx, RoundGrad, SgdBias, SgdWeight
-from trainlet.ir import Graph, Node, Stage
+from trainlet.ir.graph import Graph, Node, Stage
 from trainlet.verify import verify_graph
 from trainlet.verify.graph import REFUSES
 

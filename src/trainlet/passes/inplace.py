@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from trainlet.attrs import Conv2d, FusedDx
-from trainlet.ir import Graph, Kind, Node
+from trainlet.ir.graph import Graph, Kind, Node
 from trainlet.verify import verify_graph
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from trainlet.errors import UnsupportedError
-from trainlet.ir import Graph, Node
+from trainlet.ir.graph import Graph, Node
 from trainlet.passes.inplace import overwritable
-from trainlet.plan import aligned, in_arena, node_scratch
-from trainlet.prefix import prefix_length
+from trainlet.plan.arena import aligned, in_arena, node_scratch
+from trainlet.plan.prefix import prefix_length
 from trainlet.verify import verify_graph
 from trainlet.verify.graph import REFUSES
 

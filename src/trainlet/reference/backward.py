@@ -12,7 +12,7 @@ import numpy as np
 
 from trainlet.attrs import AvgPoolDx, Conv2d, Conv2dDb, Conv2dDw, Conv2dDx, FusedDx, Mask, RoundGrad
 from trainlet.errors import UnsupportedError
-from trainlet.ir import Node
+from trainlet.ir.graph import Node
 from trainlet.ops import conv_out_hw, fan_out
 from trainlet.reference.arithmetic import Tensor
 from trainlet.reference.forward import merged_weight

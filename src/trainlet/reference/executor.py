@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainlet.errors import UsageError
-from trainlet.ir import Graph, Kind, Node, Value
+from trainlet.ir.graph import Graph, Kind, Node, Value
 from trainlet.reference.arithmetic import Tensor, key, word
 from trainlet.reference.backward import (
     ref_avg_pool_dx,

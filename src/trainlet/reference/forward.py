@@ -11,7 +11,7 @@ import numpy as np
 
 from trainlet.attrs import Add, AvgPool, CheckLr, Conv2d, Mask, SelectChannels
 from trainlet.errors import UsageError
-from trainlet.ir import Node
+from trainlet.ir.graph import Node
 from trainlet.ops import conv_out_hw
 from trainlet.reference.arithmetic import Tensor
 from trainlet.reference.linear import conv_sum, pad, taps

@@ -11,7 +11,7 @@ import numpy as np
 
 from trainlet.attrs import MaskFrom, SelectChannels
 from trainlet.errors import MismatchError
-from trainlet.ir import Graph, Node, QParams, Value
+from trainlet.ir.graph import Graph, Node, QParams, Value
 from trainlet.reference.arithmetic import Tensor, key
 from trainlet.reference.rounding import Rounding
 

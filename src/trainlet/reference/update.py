@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from trainlet.attrs import Conv2d, FusedDb, FusedDw, SgdBias, SgdWeight
-from trainlet.ir import Node
+from trainlet.ir.graph import Node
 from trainlet.reference.arithmetic import Int, Tensor
 from trainlet.reference.backward import bias_sums, weight_sums
 from trainlet.reference.forward import features

@@ -21,13 +21,13 @@ from typing import Any, Final
 
 import numpy as np
 
+from trainlet.autodiff.scheme import UpdateScheme, trainable_layers
 from trainlet.errors import MismatchError
-from trainlet.scheme import UpdateScheme, trainable_layers
 from trainlet.select.cheap import agreement, cheap_contributions, gradient_job
 from trainlet.select.jobs import Clock, Executor, JobStore, Result, run_jobs
 from trainlet.select.problem import RATIOS, Choice, Contributions
 from trainlet.select.runs import Length, Study, train_job
-from trainlet.train import DEFAULT_LR, Progress
+from trainlet.train.loop import DEFAULT_LR, Progress
 
 REFERENCE_SHARE: Final = 0.8
 """The reference is the smallest measured depth with this share of the best gain by biases."""

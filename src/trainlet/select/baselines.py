@@ -8,7 +8,7 @@ from functools import partial
 from itertools import chain
 from typing import Final
 
-from trainlet.scheme import published_names, resolve
+from trainlet.autodiff.scheme import published_names, resolve
 from trainlet.select.cuts import (
     Progress,
     SearchLimit,

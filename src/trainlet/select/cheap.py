@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainlet.attrs import Conv2d
+from trainlet.autodiff.scheme import UpdateScheme, selected_channels, trainable_layers
 from trainlet.compiler import compile_model
 from trainlet.errors import UsageError
-from trainlet.ir import Graph, Node
-from trainlet.scheme import UpdateScheme, selected_channels, trainable_layers
+from trainlet.ir.graph import Graph, Node
 from trainlet.select.jobs import Result, Spec
 from trainlet.select.problem import RATIOS, Contributions
 from trainlet.select.runs import Part, Place, Study, feed, open_job, train

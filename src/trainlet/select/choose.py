@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
+from trainlet.autodiff.scheme import UpdateScheme
 from trainlet.errors import MismatchError, OverBudgetError, UsageError
-from trainlet.scheme import UpdateScheme
 from trainlet.select.analyze import Analysis, Effort, Runner, analyze
 from trainlet.select.baselines import bias_choice, last_choice, may_fit, published_choices
 from trainlet.select.cuts import SearchLimit, Selector, Step

@@ -11,9 +11,9 @@ from typing import Protocol
 
 import numpy as np
 
+from trainlet.autodiff.scheme import trainable_layers
 from trainlet.errors import OverBudgetError, UsageError
-from trainlet.ir import Graph
-from trainlet.scheme import trainable_layers
+from trainlet.ir.graph import Graph
 from trainlet.select.problem import Choice, Contributions, Selection
 
 Option = tuple[str, float]

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any, Final, Protocol
 
 from trainlet.errors import DeviceError, ToolMissingError, UsageError
-from trainlet.train import Progress, Silent
+from trainlet.train.loop import Progress, Silent
 
 FILE: Final = "jobs.sqlite"
 APPLICATION_ID: Final = 0x544C4A42  # TLJB, in the header of the file

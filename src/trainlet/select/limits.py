@@ -10,19 +10,19 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
 
-from trainlet.autodiff import differentiate
+from trainlet.autodiff.scheme import UpdateScheme, check_scheme, extra_memory_bits, extra_memory_bytes, trainable_layers
+from trainlet.autodiff.walk import differentiate
 from trainlet.compiler import ALL, Passes, compile_model, lower, plan_model
-from trainlet.device import Firmware, build_device
 from trainlet.errors import OverBudgetError, UnsupportedError, UsageError
-from trainlet.ir import Graph
-from trainlet.layout import HEADER_BYTES
+from trainlet.ir.graph import Graph
 from trainlet.passes.reorder import node_bounds
-from trainlet.plan import largest_alive
-from trainlet.scheme import UpdateScheme, check_scheme, extra_memory_bits, extra_memory_bytes, trainable_layers
+from trainlet.plan.arena import largest_alive
+from trainlet.plan.state import HEADER_BYTES
 from trainlet.select.cuts import Cut, Option
 from trainlet.select.problem import Choice
 from trainlet.select.work import StepWork
-from trainlet.targets import MIB, Pool, Target
+from trainlet.toolchain.chip import Firmware, build_device
+from trainlet.toolchain.targets import MIB, Pool, Target
 
 _NAME: Final = "selected"
 _ROOM: Final = 16 * MIB

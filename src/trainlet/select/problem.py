@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from trainlet.scheme import UpdateScheme
+from trainlet.autodiff.scheme import UpdateScheme
 
 RATIOS: Final = (0.125, 0.25, 0.5, 1.0)
 

@@ -12,11 +12,11 @@ from html import escape
 from pathlib import Path
 from typing import Any, Final
 
-from trainlet.scheme import UpdateScheme
+from trainlet.autodiff.scheme import UpdateScheme
 from trainlet.select.analyze import Analysis
 from trainlet.select.cuts import Step, gap
 from trainlet.select.problem import RATIOS, Contributions, Selection
-from trainlet.statefile import write_atomic
+from trainlet.train.statefile import write_atomic
 
 COLORS: Final = {
     "selected": "#c0392b",

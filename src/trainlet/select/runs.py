@@ -18,19 +18,21 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from trainlet import __version__, irfile
+from trainlet._version import __version__
+from trainlet.autodiff.scheme import UpdateScheme
 from trainlet.compiler import compile_model
-from trainlet.data import Dataset, Draw, Split, Transform, load_data
 from trainlet.emit import graph_hash
 from trainlet.errors import MismatchError, UsageError
 from trainlet.frontends import attach_head
-from trainlet.ir import Graph
-from trainlet.prefix import prefix_values
-from trainlet.scheme import UpdateScheme
+from trainlet.frontends import graph_file as irfile
+from trainlet.ir import Image
+from trainlet.ir.graph import Graph
+from trainlet.plan.prefix import prefix_values
 from trainlet.select.jobs import Result, Spec, job_key
-from trainlet.session import Image, StepInfo
+from trainlet.session import StepInfo
 from trainlet.session.host import HostSession
-from trainlet.train import default_lr, epoch_order, evaluate, learning_rate
+from trainlet.train.data import Dataset, Draw, Split, Transform, load_data
+from trainlet.train.loop import default_lr, epoch_order, evaluate, learning_rate
 
 HELD_SHARE: Final = 0.25
 """Of each class, held out of training to judge it."""

@@ -14,14 +14,14 @@ from functools import cached_property
 from typing import Final
 
 from trainlet.attrs import Stream
+from trainlet.autodiff.scheme import UpdateScheme, trainable_layers
 from trainlet.compiler import ALL, Passes, compile_model, plan_model
-from trainlet.ir import Graph, Node
-from trainlet.package import LR, synthetic_image
-from trainlet.scheme import UpdateScheme, trainable_layers
+from trainlet.ir.graph import Graph, Node
 from trainlet.select.cuts import Cut, Option
 from trainlet.select.problem import Choice
 from trainlet.session.emulator import EmulatorSession
-from trainlet.targets import MIB, Pool, Target
+from trainlet.toolchain.package import LR, synthetic_image
+from trainlet.toolchain.targets import MIB, Pool, Target
 
 _ROOM: Final = 16 * MIB
 """The profiled programs run in this much of either memory, since they need not fit."""

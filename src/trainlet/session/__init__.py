@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Image = NDArray[np.int8]
+from trainlet.ir import Image
 
 
 @dataclass(frozen=True, slots=True)

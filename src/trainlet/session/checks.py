@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from trainlet.compiler import Compiled
+from trainlet.emit import Compiled
 from trainlet.errors import MismatchError, UsageError
 
 BAD_ARGUMENT = 2

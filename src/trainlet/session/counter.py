@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from trainlet.build import cache_dir, compiler_version, find_compiler
-from trainlet.device import Firmware
 from trainlet.errors import ToolMissingError
-from trainlet.thumb import instruction_bytes
+from trainlet.toolchain.chip import Firmware
+from trainlet.toolchain.host import cache_dir, compiler_version, find_compiler
+from trainlet.toolchain.thumb import instruction_bytes
 
 _FLAGS = ("-std=c99", "-O2", "-shared", "-fPIC")
 

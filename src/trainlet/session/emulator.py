@@ -13,14 +13,15 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Final
 
-from trainlet.compiler import Compiled
-from trainlet.device import Firmware, build_device
+from trainlet.emit import Compiled
 from trainlet.errors import DeviceError, ToolMissingError
-from trainlet.session import Image, StepInfo
+from trainlet.ir import Image
+from trainlet.session import StepInfo
 from trainlet.session.counter import make_counter
 from trainlet.session.mailbox import Chip, DeviceSession
-from trainlet.targets import Target
-from trainlet.toolchain import M7_HINT
+from trainlet.toolchain.chip import Firmware, build_device
+from trainlet.toolchain.find import M7_HINT
+from trainlet.toolchain.targets import Target
 
 _SYSTEM: Final = (0xE000E000, 0x1000)
 _CPACR: Final = 0xE000ED88

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from trainlet.build import NATIVE, build_library
-from trainlet.compiler import Compiled
-from trainlet.prefix import prefix_values
-from trainlet.session import Image, StepInfo
+from trainlet.emit import Compiled
+from trainlet.ir import Image
+from trainlet.plan.prefix import prefix_values
+from trainlet.plan.state import StateCodec
+from trainlet.session import StepInfo
 from trainlet.session.checks import check_image, check_label, check_prefix, check_status, class_count
-from trainlet.session.state import StateCodec
+from trainlet.toolchain.host import NATIVE, build_library
 
 
 class _Context(ctypes.Structure):

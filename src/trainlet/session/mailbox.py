@@ -13,13 +13,14 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from trainlet.compiler import Compiled
-from trainlet.device import Firmware
+from trainlet.emit import Compiled
 from trainlet.errors import DeviceError
-from trainlet.prefix import prefix_values
-from trainlet.session import Image, StepInfo
+from trainlet.ir import Image
+from trainlet.plan.prefix import prefix_values
+from trainlet.plan.state import StateCodec
+from trainlet.session import StepInfo
 from trainlet.session.checks import check_image, check_label, check_prefix, check_status, class_count
-from trainlet.session.state import StateCodec
+from trainlet.toolchain.chip import Firmware
 
 _PAINT: Final = bytes([0xC5])
 _MAILBOX: Final = struct.Struct("<IIif")  # command, seed, label, lr

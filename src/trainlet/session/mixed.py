@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from trainlet.session import Image, Session, StepInfo
+from trainlet.ir import Image
+from trainlet.session import Session, StepInfo
 
 
 class MixedSession:

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from trainlet.compiler import Compiled
-from trainlet.device import Firmware, build_device
+from trainlet.emit import Compiled
 from trainlet.errors import DeviceError, UsageError
 from trainlet.session.gdb import Remote
 from trainlet.session.mailbox import Chip, DeviceSession
-from trainlet.targets import MIB, Target
-from trainlet.thumb import call_before
-from trainlet.toolchain import find_qemu
+from trainlet.toolchain.chip import Firmware, build_device
+from trainlet.toolchain.find import find_qemu
+from trainlet.toolchain.targets import MIB, Target
+from trainlet.toolchain.thumb import call_before
 
 SECONDS: Final = 300.0
 """How long one command may run: feeding a row, an inference, a training step."""

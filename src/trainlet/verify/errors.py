@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from trainlet.errors import UnsupportedError
-from trainlet.ir import Graph, Node, Value
+from trainlet.ir.graph import Graph, Node, Value
 
 Subject = Node | Value | Graph | str
 

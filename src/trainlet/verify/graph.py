@@ -10,7 +10,7 @@ from dataclasses import fields
 import numpy as np
 
 from trainlet.attrs import Add, Attrs, Conv2d, FusedDx, Mask, MaskFrom, RoundGrad, SelectChannels
-from trainlet.ir import Array, Graph, Kind, Node, Stage
+from trainlet.ir.graph import Array, Graph, Kind, Node, Stage
 from trainlet.ops import DTYPE_BITS, OPS, RuleError, fan_in
 from trainlet.verify.errors import check, fail
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from trainlet.attrs import Stream
-from trainlet.ir import Graph, Kind, Value
+from trainlet.ir.graph import Graph, Kind, Value
 from trainlet.ops import dtype_bits
 from trainlet.verify.errors import check, fail, node_label
 

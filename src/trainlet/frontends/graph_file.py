@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A graph as two files: ``NAME.json`` says what it is, ``NAME.safetensors`` beside it holds its data.
+
+Reading runs no code and takes memory in proportion to the files. Everything is checked: fields, types, versions,
+names, shapes, and at last the graph itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from trainlet.attrs import Attrs, Stream
+from trainlet.errors import UnsupportedError, UsageError
+from trainlet.ir.graph import Array, Graph, Kind, Node, QParams, Stage, Value
+from trainlet.ops import DTYPE_BITS, OPS
+from trainlet.verify import VerifyError, verify_graph
+
+FORMAT = "trainlet-graph"
+VERSION = 1
+MAX_JSON_BYTES = 64 << 20
+MAX_TENSOR_BYTES = 1 << 30
+MAX_ELEMENTS = 1 << 30
+MAX_RANK = 8
+
+# streams hold nodes and belong to one plan of memory, which has no file
+ATTRS: dict[str, type[Attrs]] = {op.attrs.__name__: op.attrs for op in OPS.values() if op.attrs is not Stream}
+"""The attribute classes that a file may name; nested ones are fixed by their field."""
+
+T = TypeVar("T")
+E = TypeVar("E", bound=StrEnum)
+
+
+def save(graph: Graph, path: Path) -> None:
+    """Writes ``graph`` to ``path`` (which ends in .json) and its data beside it. The same graph gives the same bytes.
+
+    Raises VerifyError for a graph that ``load`` would refuse, UnsupportedError for one whose nodes have been placed
+    (they are in streams, or write over inputs); nothing is written then."""
+    verify_graph(graph)
+    placed = next((n for n in graph.nodes if n.overwrites or isinstance(n.attrs, Stream)), None)
+    if placed is not None:
+        raise UnsupportedError(
+            f"{graph.name}: {placed.name!r} ({placed.op}) is the work of a pass that places memory, which has no file "
+            "form; save the graph from before"
+        )
+    blob = save_tensors({name: np.ascontiguousarray(graph.data[name]) for name in sorted(graph.data)})
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": graph.name,
+        "stage": graph.stage.value,
+        "inputs": list(graph.inputs),
+        "outputs": list(graph.outputs),
+        "tensors": {"sha256": hashlib.sha256(blob).hexdigest(), "names": sorted(graph.data)},
+        "values": [_encode_value(v) for v in graph.values.values()],
+        "nodes": [_encode_node(n) for n in graph.nodes],
+    }
+    tensors = _tensor_path(path)
+    tensors.write_bytes(blob)
+    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def load(path: Path) -> Graph:
+    """Reads what ``save`` wrote. Raises UsageError that names the file and the item at fault."""
+    tensors = _tensor_path(path)
+    document = _parse_json(path, _read(path, MAX_JSON_BYTES))
+    blob = _read(tensors, MAX_TENSOR_BYTES)
+    try:
+        graph = _decode_graph(document, lambda names, sha: _parse_tensors(tensors, blob, names, sha))
+        verify_graph(graph)
+    except _FileError as e:
+        raise UsageError(f"{path}: {e}") from None
+    except VerifyError as e:
+        raise UsageError(f"{path}: not a valid graph: {e}") from None
+    return graph
+
+
+class _FileError(Exception):
+    """Names the item and the rule; ``load`` adds the file."""
+
+
+def _fail(item: str, rule: str) -> NoReturn:
+    raise _FileError(f"{item}: {rule}")
+
+
+def _tensor_path(path: Path) -> Path:
+    if path.suffix != ".json":
+        raise UsageError(f"{path}: the file of a graph ends in .json, its data lies beside it in .safetensors")
+    return path.with_suffix(".safetensors")
+
+
+def _read(path: Path, limit: int) -> bytes:
+    try:
+        with path.open("rb") as f:
+            raw = f.read(limit + 1)
+    except OSError as e:
+        raise UsageError(f"{path}: cannot be read: {e.strerror}") from None
+    if len(raw) > limit:
+        raise UsageError(f"{path}: larger than the {limit} bytes that a graph may have")
+    return raw
+
+
+# --- JSON: what it may contain ------------------------------------------------------------------------------
+
+
+def _parse_json(path: Path, raw: bytes) -> object:
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a field is given twice")
+        return found
+
+    def no_constant(text: str) -> NoReturn:
+        raise ValueError(f"{text} is no JSON number")
+
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
+    except (ValueError, RecursionError) as e:
+        raise UsageError(f"{path}: not a JSON file of a graph: {e}") from None
+
+
+def _record(item: str, value: object, names: tuple[str, ...]) -> dict[str, Any]:
+    """An object with exactly these fields."""
+    if not isinstance(value, dict):
+        _fail(item, f"an object, not {_kind(value)}")
+    for name in names:
+        if name not in value:
+            _fail(item, f"the field {name!r} is missing")
+    for name in value:
+        if name not in names:
+            _fail(item, f"the field {name[:80]!r} is unknown")
+    return value
+
+
+def _list(item: str, value: object) -> list[Any]:
+    if not isinstance(value, list):
+        _fail(item, f"a list, not {_kind(value)}")
+    return value
+
+
+def _text(item: str, value: object) -> str:
+    if not isinstance(value, str) or not value or not value.isprintable():
+        _fail(item, f"a printable text, not {_kind(value)}")
+    return value
+
+
+def _integer(item: str, value: object) -> int:
+    if type(value) is not int or abs(value) >= 2**63:
+        _fail(item, f"a whole number of at most 63 bits, not {_kind(value)}")
+    return value
+
+
+def _real(item: str, value: object) -> float:
+    if value in ("inf", "-inf"):  # JSON has no infinity, and an open bound needs one
+        return float(str(value))
+    if type(value) is int:
+        return _integer(item, value)
+    if type(value) is not float or not math.isfinite(value):
+        _fail(item, f"a number, not {_kind(value)}")
+    return value
+
+
+def _bool(item: str, value: object) -> bool:
+    if type(value) is not bool:
+        _fail(item, f"true or false, not {_kind(value)}")
+    return value
+
+
+def _names(item: str, value: object) -> tuple[str, ...]:
+    return tuple(_text(f"{item}[{i}]", v) for i, v in enumerate(_list(item, value)))
+
+
+def _member(item: str, value: object, enum: type[E]) -> E:
+    if value not in [e.value for e in enum]:
+        _fail(item, f"one of {', '.join(e.value for e in enum)}, not {_kind(value)}")
+    return enum(value)
+
+
+def _kind(value: object) -> str:
+    text = repr(value) if isinstance(value, str | int | float | None) else type(value).__name__
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# --- values and nodes ---------------------------------------------------------------------------------------
+
+
+def _encode_value(v: Value) -> dict[str, object]:
+    q = None if v.q is None else {"scale": float(v.q.scale), "zero": v.q.zero}
+    return {
+        "name": v.name,
+        "shape": [int(n) for n in v.shape],
+        "dtype": v.dtype,
+        "kind": v.kind.value,
+        "q": q,
+        "exponent": v.exponent,
+    }
+
+
+def _decode_value(item: str, raw: object) -> Value:
+    r = _record(item, raw, ("name", "shape", "dtype", "kind", "q", "exponent"))
+    item = f"value {_text(f'{item}.name', r['name'])!r}"
+    shape = tuple(_integer(f"{item}.shape", n) for n in _list(f"{item}.shape", r["shape"]))
+    if not 0 < len(shape) <= MAX_RANK or min(shape) < 1 or math.prod(shape) > MAX_ELEMENTS:
+        _fail(f"{item}.shape", f"1 to {MAX_RANK} sizes of at least 1, at most {MAX_ELEMENTS} elements in all")
+    if r["dtype"] not in list(DTYPE_BITS):
+        _fail(f"{item}.dtype", f"one of {', '.join(DTYPE_BITS)}, not {_kind(r['dtype'])}")
+    exponent = None if r["exponent"] is None else _integer(f"{item}.exponent", r["exponent"])
+    q = None
+    if r["q"] is not None:
+        s = _record(f"{item}.q", r["q"], ("scale", "zero"))
+        q = QParams(float(_real(f"{item}.q.scale", s["scale"])), _integer(f"{item}.q.zero", s["zero"]))
+    return Value(r["name"], shape, r["dtype"], _member(f"{item}.kind", r["kind"], Kind), q, exponent)
+
+
+def _encode_node(n: Node) -> dict[str, object]:
+    return {
+        "name": n.name,
+        "op": n.op,
+        "layer": n.layer,
+        "inputs": list(n.inputs),
+        "outputs": list(n.outputs),
+        "writes": list(n.writes),
+        "attrs": {"class": type(n.attrs).__name__, **_encode_attrs(n.attrs)},
+    }
+
+
+def _decode_node(item: str, raw: object) -> Node:
+    r = _record(item, raw, ("name", "op", "layer", "inputs", "outputs", "writes", "attrs"))
+    item = f"node {_text(f'{item}.name', r['name'])!r}"
+    if not isinstance(r["attrs"], dict):
+        _fail(f"{item}.attrs", f"an object, not {_kind(r['attrs'])}")
+    attrs = dict(r["attrs"])
+    name = attrs.pop("class", None)
+    cls = ATTRS.get(name) if isinstance(name, str) else None
+    if cls is None:
+        _fail(f"{item}.attrs.class", f"one of {', '.join(ATTRS)}, not {_kind(name)}")
+    return Node(
+        op=_text(f"{item}.op", r["op"]),
+        name=r["name"],
+        layer=_text(f"{item}.layer", r["layer"]),
+        inputs=_names(f"{item}.inputs", r["inputs"]),
+        outputs=_names(f"{item}.outputs", r["outputs"]),
+        attrs=_decode_attrs(f"{item}.attrs", attrs, cls),
+        writes=_names(f"{item}.writes", r["writes"]),
+    )
+
+
+# --- attributes: encoded and decoded along the annotations of their fields -----------------------------------
+
+
+def _encode_attrs(attrs: Attrs) -> dict[str, object]:
+    return {f.name: _encode(getattr(attrs, f.name)) for f in fields(attrs)}
+
+
+def _encode(value: object) -> object:
+    if isinstance(value, Attrs):
+        return _encode_attrs(value)
+    if isinstance(value, tuple):
+        return [_encode(v) for v in value]
+    if isinstance(value, float) and math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    if isinstance(value, np.integer):
+        return int(value)
+    return value
+
+
+def _decode_attrs(item: str, raw: object, cls: type[Attrs]) -> Attrs:
+    hints = typing.get_type_hints(cls)
+    r = _record(item, raw, tuple(f.name for f in fields(cls)))
+    return cls(**{name: _decode(f"{item}.{name}", value, hints[name]) for name, value in r.items()})
+
+
+def _decode(item: str, raw: object, hint: Any) -> object:
+    simple = _SIMPLE.get(hint)
+    if simple is not None:
+        return simple(item, raw)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if raw not in args:
+            _fail(item, f"one of {', '.join(map(str, args))}, not {_kind(raw)}")
+        return raw
+    if origin in (types.UnionType, typing.Union):  # the only unions are with None
+        return None if raw is None else _decode(item, raw, next(a for a in args if a is not types.NoneType))
+    if origin is tuple:
+        return _decode_tuple(item, _list(item, raw), args)
+    if is_dataclass(hint):
+        return _decode_attrs(item, raw, typing.cast("type[Attrs]", hint))
+    raise TypeError(f"attributes of type {hint} have no file form")
+
+
+def _decode_tuple(item: str, raw: list[Any], args: tuple[Any, ...]) -> tuple[object, ...]:
+    hints = (args[0],) * len(raw) if args[-1] is Ellipsis else args
+    if len(raw) != len(hints):
+        _fail(item, f"{len(hints)} entries, not {len(raw)}")
+    return tuple(_decode(f"{item}[{i}]", v, h) for i, (v, h) in enumerate(zip(raw, hints, strict=True)))
+
+
+_SIMPLE: Mapping[Any, Callable[[str, object], object]] = {int: _integer, float: _real, bool: _bool, str: _text}
+
+
+# --- the graph ----------------------------------------------------------------------------------------------
+
+
+def _decode_graph(document: object, tensors: Callable[[tuple[str, ...], str], dict[str, Array]]) -> Graph:
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        _fail("format", f"is {FORMAT!r} in the file of a graph")
+    if type(document.get("version")) is not int or document["version"] != VERSION:
+        _fail("version", f"this trainlet reads version {VERSION}, not {_kind(document.get('version'))}")
+    names = ("format", "version", "name", "stage", "inputs", "outputs", "tensors", "values", "nodes")
+    r = _record("the file", document, names)
+    values: dict[str, Value] = {}
+    for i, raw in enumerate(_list("values", r["values"])):
+        v = _decode_value(f"values[{i}]", raw)
+        if v.name in values:
+            _fail(f"value {v.name!r}", "is defined once")
+        values[v.name] = v
+    t = _record("tensors", r["tensors"], ("sha256", "names"))
+    return Graph(
+        name=_text("name", r["name"]),
+        stage=_member("stage", r["stage"], Stage),
+        inputs=_names("inputs", r["inputs"]),
+        outputs=_names("outputs", r["outputs"]),
+        values=values,
+        nodes=tuple(_decode_node(f"nodes[{i}]", raw) for i, raw in enumerate(_list("nodes", r["nodes"]))),
+        data=tensors(_names("tensors.names", t["names"]), _text("tensors.sha256", t["sha256"])),
+    )
+
+
+def _parse_tensors(path: Path, blob: bytes, names: tuple[str, ...], sha256: str) -> dict[str, Array]:
+    try:
+        found = load_tensors(blob)
+    except (SafetensorError, ValueError, KeyError, TypeError) as e:
+        raise UsageError(f"{path}: not a safetensors file: {e}") from None
+    for name in names:
+        if name not in found:
+            raise UsageError(f"{path}: the tensor {name!r} is missing")
+    for name in found:
+        if name not in names:
+            raise UsageError(f"{path}: the tensor {name[:80]!r} belongs to no value of the graph")
+    if hashlib.sha256(blob).hexdigest() != sha256:
+        raise UsageError(f"{path}: its bytes are not those that were saved with the graph; save both again")
+    return {name: found[name] for name in names}

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds a compiled model for a chip: an ELF with start-up code, linker script and a mailbox, and what is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+
+from trainlet.emit import Compiled
+from trainlet.errors import OverBudgetError, ToolMissingError
+from trainlet.plan.arena import largest_alive
+from trainlet.toolchain.armcc import ArmCompiler, find_arm_compiler
+from trainlet.toolchain.find import M7_HINT
+from trainlet.toolchain.host import cache_dir, kernel_sources
+from trainlet.toolchain.sizes import RAM_PURPOSES, Section, Symbol, ram_purpose, spread
+from trainlet.toolchain.stack import stack_bound
+from trainlet.toolchain.targets import Pool, Target
+
+FLAGS: Final = (
+    "-std=c99", "-O2", "-g", "-ffreestanding", "-fno-common", "-ffp-contract=off", "-fno-math-errno",
+    "-fno-tree-loop-distribute-patterns", "-ffunction-sections", "-fdata-sections", "-Wall", "-Wextra",
+)  # fmt: skip
+"""Of every build for a chip. Without loop distribution a loop stays one: no memcpy that calls itself, and none for a
+few bytes within the loops of a kernel."""
+_STATIC: Final = (".data", ".bss")
+_UNLIMITED: Final = 1 << 28  # the sizes of a program that did not fit are those of one linked into this
+_NODE_FUNCTIONS: Final = "prefix|forward|gradient|head|backward"
+_ROW_FUNCTIONS: Final = "row_.*"
+_POINTERS: Final = {"tl_stream_.*": _ROW_FUNCTIONS, ".*": _NODE_FUNCTIONS}  # who calls whom through a pointer
+
+
+@dataclass(frozen=True)
+class Firmware:
+    """A linked program. ``layout``: its allocated sections, debug information left out; ``sized``: what its functions
+    and variables are, by address; ``symbols``: all its names."""
+
+    path: Path
+    target: Target
+    model_source: str
+    layout: tuple[Section, ...]
+    segments: tuple[tuple[int, bytes], ...]
+    symbols: Mapping[str, Symbol]
+    sized: tuple[Symbol, ...]
+    functions: tuple[Symbol, ...]
+
+    @property
+    def sections(self) -> dict[str, int]:
+        """Bytes of the allocated sections by name."""
+        return {s.name: s.size for s in self.layout}
+
+    @property
+    def static_bytes(self) -> int:
+        """SRAM that is taken from the start: .data and .bss."""
+        return sum(s.size for s in self.layout if s.name in _STATIC)
+
+    @property
+    def stack_bytes(self) -> int:
+        """SRAM that is reserved for the stack."""
+        return self.sections.get(".stack", 0)
+
+    @property
+    def flash_bytes(self) -> int:
+        """Flash: all that is loaded, the initial values of .data included."""
+        return sum(len(data) for _, data in self.segments)
+
+    @property
+    def purposes(self) -> dict[str, int]:
+        """SRAM by purpose (RAM_PURPOSES), in bytes; together with the stack all of it."""
+        found = sum((spread(s, self.sized, ram_purpose) for s in self.layout if s.name in _STATIC), Counter[str]())
+        return {k: found[k] for k in RAM_PURPOSES}
+
+    def function_at(self, address: int) -> str:
+        """The function that holds ``address``, or "?"."""
+        i = bisect_right(self.functions, address, key=lambda s: s.address) - 1
+        if i < 0 or address >= self.functions[i].address + self.functions[i].size:
+            return "?"
+        return self.functions[i].name
+
+    @cached_property
+    def _lines(self) -> tuple[list[int], list[int]]:
+        """Addresses of the emitted functions and the lines of model.c they come from."""
+        low, high = self.symbols["tl_port_model"].address, self.symbols["tl_port_model_end"].address
+        rows = []
+        with self.path.open("rb") as f:
+            for unit in _elf(f).get_dwarf_info().iter_CUs():
+                if not unit.get_top_DIE().attributes["DW_AT_name"].value.endswith(self.path.stem.encode() + b".c"):
+                    continue
+                program = unit.dwarfinfo.line_program_for_CU(unit)
+                states = [e.state for e in program.get_entries() if e.state is not None]
+                rows += [(s.address, s.line) for s in states if low <= s.address < high and not s.end_sequence]
+        rows.sort(key=lambda r: r[0])
+        return [a for a, _ in rows], [line for _, line in rows]
+
+    @cached_property
+    def _comments(self) -> tuple[list[int], list[str]]:
+        """Lines of model.c that hold a node's comment, and its text "layer: operator"."""
+        found = [
+            (i, m[1]) for i, text in enumerate(self.model_source.splitlines(), 1)
+            if (m := re.fullmatch(r"    /\* (.*) \*/", text))
+        ]  # fmt: skip
+        return [i for i, _ in found], [text for _, text in found]
+
+    def node_at(self, address: int) -> str:
+        """The node, as "layer: operator", whose call is at ``address``; "" outside the emitted sequences of calls."""
+        if not re.fullmatch(f"{_NODE_FUNCTIONS}|{_ROW_FUNCTIONS}", self.function_at(address)):
+            return ""
+        addresses, lines = self._lines
+        at = bisect_right(addresses, address) - 1
+        numbers, texts = self._comments
+        i = bisect_right(numbers, lines[at]) - 1
+        return texts[i] if i >= 0 else ""
+
+
+def _elf(stream: Any) -> Any:
+    try:
+        from elftools.elf.elffile import ELFFile
+    except ImportError:
+        raise ToolMissingError(f"pyelftools is not installed; {M7_HINT}") from None
+    return ELFFile(stream)
+
+
+def read_elf(path: Path, target: Target, model_source: str) -> Firmware:
+    """Sections, segments and symbols of a linked program."""
+    with path.open("rb") as f:
+        elf = _elf(f)
+        layout = tuple(
+            Section(s.name, int(s["sh_addr"]), int(s["sh_size"]), s["sh_type"] != "SHT_NOBITS")
+            for s in elf.iter_sections() if s["sh_flags"] & 2 and s["sh_size"]
+        )  # fmt: skip
+        segments = tuple(
+            (int(s["p_paddr"]), bytes(s.data())) for s in elf.iter_segments("PT_LOAD") if s["p_filesz"]
+        )  # fmt: skip
+        table = sorted(_symbols(elf.get_section_by_name(".symtab")), key=lambda s: s[1].address)
+    sized = tuple(s for kind, s in table if kind in ("STT_FUNC", "STT_OBJECT"))
+    functions = tuple(s for kind, s in table if kind == "STT_FUNC")
+    symbols = {s.name: s for _, s in table}
+    return Firmware(path, target, model_source, layout, segments, symbols, sized, functions)
+
+
+def _symbols(table: Any) -> Iterator[tuple[str, Symbol]]:
+    """Type and symbol; before the local names of a file stands the file's."""
+    file = ""
+    for s in table.iter_symbols():
+        kind = s["st_info"]["type"]
+        if kind == "STT_FILE":
+            file = s.name
+        elif s.name and s.name[0] != "$":
+            local = file if s["st_info"]["bind"] == "STB_LOCAL" else ""
+            yield kind, Symbol(s.name, int(s["st_value"]) & ~1, int(s["st_size"]), local)
+
+
+# --- building ---------------------------------------------------------------------------------------------------
+
+
+def port_sources() -> dict[str, str]:
+    """Start-up code, linker script and main as templates, by file name."""
+    folder = resources.files("trainlet") / "csrc" / "port"
+    return {f.name: f.read_text() for f in sorted(folder.iterdir(), key=lambda f: f.name) if f.name[-2:] in _KINDS}
+
+
+_KINDS: Final = (".c", ".h", "ld")
+
+
+def link_script(target: Target, stack_bytes: int, model_object: str, runtime_object: str) -> str:
+    """The linker script for exactly the target's memory; objects by file name: of the emitted C and of model.c."""
+    values = {
+        "TARGET": target.name,
+        "FLASH_BASE": f"{target.flash_base:#010x}",
+        "FLASH_BYTES": f"{target.flash_bytes}",
+        "SRAM_BASE": f"{target.sram_base:#010x}",
+        "SRAM_BYTES": f"{target.sram_bytes}",
+        "STACK_BYTES": f"{stack_bytes}",
+        "MODEL_OBJECT": model_object,
+        "RUNTIME_OBJECT": runtime_object,
+    }
+    return re.sub(r"@(\w+)@", lambda m: values[m[1]], port_sources()["link.ld"])
+
+
+def build_device(
+    compiled: Compiled, target: Target, *, stack_bytes: int | None = None, startup: str = "", main: str = ""
+) -> Firmware:
+    """Compiles and links ``compiled`` for ``target``; the ELF is cached by all that determines it. ``stack_bytes``, a
+    multiple of 8, is what its deepest calls need if not given; ``startup`` is a line put before startup.c; ``main`` is
+    the text of a main.c other than the one that serves the mailbox. OverBudgetError where the linker says that it does
+    not fit, ToolMissingError without a compiler."""
+    if stack_bytes is not None and (stack_bytes <= 0 or stack_bytes % 8):
+        raise ValueError(f"stack_bytes {stack_bytes}: a positive multiple of 8")
+    compiler = find_arm_compiler()
+    prefix = compiled.sources.prefix
+    source = compiled.sources.files[f"{prefix}.c"]
+    texts = {**kernel_sources(), **port_sources(), **compiled.sources.files}
+    texts["main.c"] = (main or texts["main.c"]).replace("@NAME@", prefix).replace("@UPPER@", prefix.upper())
+    if not any(n.writes for n in compiled.graph.nodes):
+        texts["main.c"] = f"#define TL_PORT_INFERENCE\n{texts['main.c']}"
+    if startup:
+        texts["startup.c"] = f"{startup}\n{texts['startup.c']}"
+    objects = _compile(compiler, target.flags, texts)
+    linker = _Linker(compiler, target.flags, tuple(objects.values()))
+    if stack_bytes is None:
+        graphs = (o.with_suffix(".graph").read_text() for o in objects.values())
+        stack_bytes = stack_bound(graphs, "tl_port_start", _POINTERS, compiler.helper_bytes)
+    names = (objects[f"{prefix}.c"].name, objects["model.c"].name)
+    script = link_script(target, stack_bytes, *names)
+    path = cache_dir() / linker.digest(script) / f"{prefix}.elf"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        problem = linker.link(script, path)
+        if problem:
+            large = _whole(linker, target, stack_bytes, names, path, source)
+            raise OverBudgetError(_too_large(compiled, target, large))
+    return read_elf(path, target, source)
+
+
+def _compile(compiler: ArmCompiler, core: Sequence[str], texts: Mapping[str, str]) -> dict[str, Path]:
+    """Objects by source name, cached by the hash of all that determines them; beside each its call graph."""
+    headers = {k: v for k, v in texts.items() if k.endswith(".h")}
+    sources = [k for k in texts if k.endswith(".c")]
+    version = compiler.version
+    base = cache_dir()
+    with tempfile.TemporaryDirectory(dir=base) as work:
+        for name, text in texts.items():
+            (Path(work) / name).write_text(text)
+
+        def compile_one(name: str) -> Path:
+            parts = (f"{k}\n{v}" for k, v in sorted({**headers, name: texts[name]}.items()))
+            command = compiler.compile(core, FLAGS, Path("work") / name, Path("out"))
+            made = base / f"{_digest(version, *command, name, *parts)}.o"
+            if not made.exists():
+                temporary = Path(work) / f"{name}.o"
+                _run(compiler.compile(core, FLAGS, Path(work) / name, temporary))
+                graph = temporary.with_suffix(".graph")
+                graph.write_text(compiler.call_graph(temporary))
+                os.replace(graph, made.with_suffix(".graph"))
+                os.replace(temporary, made)
+            return made
+
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            return dict(zip(sources, pool.map(compile_one, sources), strict=True))
+
+
+@dataclass(frozen=True)
+class _Linker:
+    """Links the same objects by one script or another."""
+
+    compiler: ArmCompiler
+    core: tuple[str, ...]
+    objects: tuple[Path, ...]
+
+    def digest(self, script: str) -> str:
+        command = self.compiler.link(self.core, Path("script"), (), Path("out"))
+        return _digest(script, self.compiler.version, *command, *(o.name for o in self.objects))
+
+    def link(self, script: str, out: Path) -> bool:
+        """Whether a region overflowed; then there is no file. ToolMissingError where the linker failed otherwise."""
+        with tempfile.TemporaryDirectory(dir=out.parent) as work:
+            where = Path(work) / "link.ld"
+            where.write_text(script)
+            made = Path(work) / out.name
+            command = self.compiler.link(self.core, where, self.objects, made)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                os.replace(made, out)
+                return False
+            if re.search("region `(FLASH|SRAM)' overflowed by|will not fit in region", done.stderr):
+                return True
+            raise _failed(command, done.stderr)
+
+
+def _whole(
+    linker: _Linker, target: Target, stack_bytes: int, names: tuple[str, str], path: Path, source: str
+) -> Firmware:
+    """The program that did not fit, linked as if the memory had no end."""
+    room = replace(target, flash_bytes=_UNLIMITED, pools=(Pool("SRAM", _UNLIMITED),))
+    with tempfile.TemporaryDirectory(dir=path.parent) as work:
+        out = Path(work) / path.name
+        linker.link(link_script(room, stack_bytes, *names), out)
+        return read_elf(out, target, source)
+
+
+def _too_large(compiled: Compiled, target: Target, large: Firmware) -> str:
+    sram, flash = large.static_bytes + large.stack_bytes, large.flash_bytes
+    kinds = (("SRAM", sram, target.sram_bytes), ("flash", flash, target.flash_bytes))
+    short = [f"{n} bytes of {kind} are needed, {has} are there" for kind, n, has in kinds if n > has]
+    sizes = ", ".join(f"{name} {n}" for name, n in large.sections.items())
+    parts = ", ".join(f"{name} {n}" for name, n in large.purposes.items() if n)
+    tensors = ", ".join(f"{name} ({n})" for name, n in largest_alive(compiled.graph, compiled.plan, 3))
+    return (
+        f"{compiled.graph.name}, scheme {compiled.scheme.name}, does not fit {target.name}: {'; '.join(short)}. "
+        f"Sections: {sizes}. Of them in SRAM: {parts}, stack {large.stack_bytes}. Largest tensors at the peak: "
+        f"{tensors}. Choose a scheme that updates less, fewer --bits, or a target with more memory"
+    )
+
+
+def _failed(command: Sequence[str], text: str) -> ToolMissingError:
+    lines = "\n".join(text.splitlines()[:20])
+    return ToolMissingError(f"the Arm compiler failed: {' '.join(command)}\n{lines}")
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(list(command), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise _failed(command, done.stderr)
+
+
+def _digest(*parts: str) -> str:
+    h = hashlib.sha256()
+    for p in parts:
+        h.update(f"{len(p)}:{p}".encode())
+    return h.hexdigest()[:32]
