@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from trainlet.attrs import Add, Conv2d
 from trainlet.autodiff.scheme import UpdateScheme, selected_channels
-from trainlet.frontends import feature_pool, trunk
+from trainlet.frontends import features, trunk
 from trainlet.ir.graph import Graph, Node, QParams
 
 EXACT = 1 << 24  # integers up to here are exact in float32, in any order of summation
@@ -324,7 +324,7 @@ def _add_layer(graph: Graph, node: Node) -> AddLayer:
 
 
 def _pool_layer(graph: Graph, node: Node) -> PoolLayer:
-    if node is not feature_pool(graph):
+    if node.outputs[0] != features(graph):
         raise ValueError(f"{node.name}: the baseline knows global average pools at the end only")
     return PoolLayer(qparams(graph, node.inputs[0]).zero)
 
@@ -365,7 +365,7 @@ class FloatTrainer:
         self.head_nodes, self.tail_nodes = self.nodes[:first], self.nodes[first:]
         made = {v for n in self.head_nodes for v in n.outputs} | set(graph.inputs)
         self.cut = sorted({v for n in self.tail_nodes for v in self.data_inputs(n)} & made)
-        self.features = feature_pool(graph).outputs[0]
+        self.features = features(graph)
         q = qparams(graph, self.features)
         self.feature_scale = float(np.float32(q.scale))
         self.input, self.input_zero = graph.inputs[0], qparams(graph, graph.inputs[0]).zero

@@ -45,7 +45,7 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 def assets() -> Path:
     """The folder of published checkpoints, image folders and test vectors; skips where TRAINLET_ASSETS is not set."""
     if not ASSETS:
-        pytest.skip("TRAINLET_ASSETS is not set: it names the folder with models/, data/ and vectors/")
+        pytest.skip("TRAINLET_ASSETS is not set: it names the folder with models/, data/ and vectors2/")
     path = Path(ASSETS)
     assert path.is_dir(), f"TRAINLET_ASSETS={ASSETS} is no folder"
     return path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The single convolutions of the test vectors (TRAINLET_ASSETS/vectors/conv.json) as small TRAIN and LOWERED graphs:
+"""The single convolutions of the test vectors (TRAINLET_ASSETS/vectors2/conv.json) as small TRAIN and LOWERED graphs:
 forward, input gradient with its rounding, one update of biases and weights. Gradients are inputs of the graph."""
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class ConvCase:
 
 
 def load_case(assets: Path, index: int) -> ConvCase:
-    info = json.loads((assets / "vectors" / "conv.json").read_text())[index]
-    with np.load(assets / "vectors" / info["file"], allow_pickle=False) as f:
+    info = json.loads((assets / "vectors2" / "conv.json").read_text())[index]
+    with np.load(assets / "vectors2" / info["file"], allow_pickle=False) as f:
         return ConvCase(info, dict(f))
 
 
@@ -105,7 +105,7 @@ def conv_graph(case: ConvCase, *, fused: bool = False) -> Graph:
     def emit(op: str, ins: str, attrs: Attrs, *outs: Value, writes: tuple[str, ...] = ()) -> None:
         g.emit(Node(op, op, g.name, tuple(ins.split()), tuple(v.name for v in outs), attrs, writes), *outs)
 
-    s_dx, s_w, s_b = i["streams"]
+    s_dx, s_w, s_b = i["sites"]
     h, w, c = a["x"].shape
     pixels = math.prod(a["y"].shape[:2])
     keep_groups = 1 if conv.depthwise else conv.groups

@@ -16,11 +16,11 @@ from trainlet.attrs import (
     Add,
     Attrs,
     AvgPool,
-    AvgPoolDx,
     CheckLr,
     Conv2d,
     Conv2dDb,
     Conv2dDw,
+    EnterGrad,
     Mask,
     SelectChannels,
     SgdBias,
@@ -156,15 +156,17 @@ def train_tail() -> Graph:
     c.head("head", c.pool("pool", y), kind=Kind.STATE)
     emit("softmax_xent", "loss", "logits label", Attrs(), Value("loss.y", (1,), "f32"), Value("g", (CLASSES,), "f32"))
     emit("dense_dx", "head.dx", "g head.weight", Attrs(), Value("gf", (5,), "f32"))
-    emit("avg_pool_dx", "pool.dx", "gf", AvgPoolDx((2, 2), 3), Value("r", (1, 1, 5), "s8", exponent=0))
+    emit(
+        "enter_grad", "pool.enter", "gf", EnterGrad((2, 2, 5), 0.25, 64, "s8"), Value("r", (1, 1, 5), "s8", exponent=0)
+    )
     masked = Value("r.masked", (2, 2, 5), "s8", exponent=0)
     emit("mask_grad", "r.mask", "r bits", Mask((-128, 127), "bits"), masked)
     emit("dense_sgd", "head.sgd", "g pool.y lr", Attrs(), writes="head.weight head.bias")
     emit("conv2d_dw", "conv.0.dw", "r.masked x.kept", Conv2dDw(attrs, 2), Value("dw", (5, 1, 1, 2), "s32", exponent=0))
-    sgd = SgdWeight(stream=1, fraction_bits=4, x_scale=1 / 64, pixels=4, conv=attrs)
+    sgd = SgdWeight(site=32, fraction_bits=4, x_scale=1 / 64, pixels=4, conv=attrs)
     emit("sgd_weight", "conv.0.sgd", "dw lr conv.0.scale conv.0.channels", sgd, writes="conv.0.trained conv.0.fraction")
     emit("conv2d_db", "conv.0.db", "r.masked", Conv2dDb(4), Value("db", (5,), "s32", exponent=0))
-    emit("sgd_bias", "conv.0.sgd_bias", "db lr conv.0.scale", SgdBias(2, 1 / 64, 4, attrs), writes="conv.0.bias")
+    emit("sgd_bias", "conv.0.sgd_bias", "db lr conv.0.scale", SgdBias(33, 1 / 64, 4, attrs), writes="conv.0.bias")
     return g.build(Stage.TRAIN, ["logits", "loss.y"])
 
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from hypothesis import strategies as st
 
-from trainlet.attrs import Add, AvgPool, Conv2d
+from trainlet.attrs import Add, Attrs, AvgPool, Conv2d
 from trainlet.autodiff.scheme import UpdateScheme
 from trainlet.frontends import attach_head, canonicalize_dead
 from trainlet.ir.graph import Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
@@ -156,6 +157,14 @@ class Net:
         return attach_head(self.g.build(Stage.INT8, [pooled]), classes)
 
 
+def flattened(net: Net, x: str, classes: int) -> Graph:
+    """A head that reads the map ``x`` itself; no pool."""
+    weight = net.g.add(Value("head.weight", (classes, net.g.values[x].size), "f32", Kind.STATE))
+    bias = net.g.add(Value("head.bias", (classes,), "f32", Kind.STATE), np.zeros(classes, np.float32))
+    head = Node("dense", "head", "head", (x, weight, bias), ("logits",), Attrs())
+    return net.g.build(Stage.INT8, [net.g.emit(head, Value("logits", (classes,), "f32"))])
+
+
 def full(net: Net, bits: int = 8, ratio: float = 1.0, layers: list[str] | None = None) -> UpdateScheme:
     """Everything trains, of weights the share ``ratio``."""
     names = net.layers if layers is None else layers
@@ -232,7 +241,7 @@ def cases(draw: st.DrawFn) -> Case:
     x = draw(_conv(net, net.input))
     for _ in range(draw(st.integers(0, 3))):
         x = draw(draw(st.sampled_from(_BLOCKS))(net, x))
-    model = net.finish(x, draw(st.sampled_from((1, 2, 3, 10, 100))))
+    model = draw(st.sampled_from((net.finish, partial(flattened, net))))(x, draw(st.sampled_from((1, 2, 3, 10, 100))))
     scheme = draw(_schemes(net))
     lrs = tuple(float(np.float32(v)) for v in draw(st.lists(st.sampled_from(_LRS), min_size=1, max_size=5)))
     rho = draw(st.just((4,)) | st.lists(st.sampled_from(_RHO), min_size=1, max_size=5).map(tuple))
@@ -346,10 +355,25 @@ def _twice() -> tuple[Net, Graph]:
     return net, net.finish(net.add(x, x), 3)
 
 
+def _flattened() -> tuple[Net, Graph]:
+    """No pool: the gradient enters at the head, over a map with an activation."""
+    net = Net((5, 7, 3), 13)
+    x = net.conv(net.input, 6, (3, 3), activation=True)
+    return net, flattened(net, net.same(x, 3, depthwise=True, activation=True, tight=True), 4)
+
+
+def _flattened_sum() -> tuple[Net, Graph]:
+    """The map that the head reads is an addition's, and the addition's input is read twice."""
+    net = Net((5, 5, 2), 14)
+    x = net.conv(net.input, 17, (2, 2), activation=True)
+    return net, flattened(net, net.add(net.same(x), x, activation=True), 3)
+
+
 NAMED = {
     f.__name__.removeprefix("_"): f
     for f in (_add_with_activation, _add_is_first, _shared_later, _activation_before_pool, _dead_channels,
-              _dilated_groups, _one_pixel, _one_class, _pool_in_prefix, _wide, _strided_depthwise, _twice)
+              _dilated_groups, _one_pixel, _one_class, _pool_in_prefix, _wide, _strided_depthwise, _twice, _flattened,
+              _flattened_sum)
 }  # fmt: skip
 
 

@@ -165,7 +165,7 @@ def test_published_damaged(name: str, file: Path) -> None:
 @needs_assets
 def test_dead_channels_agree_with_vectors() -> None:
     assert ASSETS is not None
-    folder = Path(ASSETS) / "vectors"
+    folder = Path(ASSETS) / "vectors2"
     found = 0
     for entry in json.loads((folder / "conv.json").read_text()):
         with np.load(folder / entry["file"], allow_pickle=False) as z:

@@ -27,6 +27,7 @@ from trainlet.emit import emit
 from trainlet.errors import MismatchError, TrainletError, UsageError
 from trainlet.frontends import attach_head, load_checkpoint
 from trainlet.ir.graph import Array, Node
+from trainlet.ops import OPS
 from trainlet.reference import TrainState, infer, initial_state, train_step
 from trainlet.session.host import HostSession
 from trainlet.toolchain import host as build
@@ -56,15 +57,15 @@ def expected_state(compiled: Compiled, state: TrainState) -> dict[str, Array]:
         found[n.writes[0].replace(".trained", ".weight")] = (parts[0] << bits) + (parts[1] if bits else 0)
         found[n.inputs[-1]] = graph.data[n.inputs[-1]]
         rest -= set(n.writes)
-    sites = {_stream(n): n.writes[0] for n in graph.nodes if isinstance(n.attrs, FusedDx | RoundGrad)}
+    sites = {_site(n): n.writes[0] for n in graph.nodes if isinstance(n.attrs, FusedDx | RoundGrad)}
     found["rho"] = np.array([a[sites[s]][0] for s in sorted(sites)], np.int8)
     return found | {name: a[name] for name in rest - set(sites.values())}
 
 
-def _stream(node: Node) -> int:
+def _site(node: Node) -> int:
     attrs = node.attrs.round if isinstance(node.attrs, FusedDx) else node.attrs
     assert isinstance(attrs, RoundGrad)
-    return attrs.stream
+    return attrs.site
 
 
 def _equal(a: Array, b: Array) -> bool:
@@ -112,7 +113,7 @@ def _begin(case: Case, reference: TrainState, guarded: Guarded) -> None:
     start = session.state()
     rhos = iter(np.resize(np.array(case.rho, np.int8), len(reference.arrays)))
     graph = session.compiled.graph
-    sites = sorted((n for n in graph.nodes if isinstance(n.attrs, FusedDx | RoundGrad)), key=_stream)
+    sites = sorted((n for n in graph.nodes if isinstance(n.attrs, FusedDx | RoundGrad)), key=_site)
     for n in sites:
         reference.arrays[n.writes[0]] = np.array([next(rhos)], np.int8)
     reference.arrays["head.bias"] = np.resize(np.array(case.head_bias, np.float32), case.classes)
@@ -245,14 +246,14 @@ def test_exact_published_nets(assets: Path, index: int) -> None:
     """The C of the published checkpoints, optimized for this machine, against the vectors of another implementation."""
     info, compiled, want = published(assets, index)
     session = HostSession(compiled, seed=info["seed"])
-    rho = {s: i for i, s in enumerate(sorted(_stream(n) for n in compiled.graph.nodes if hasattr(n.attrs, "round")))}
+    rho = {s: i for i, s in enumerate(sorted(_site(n) for n in compiled.graph.nodes if hasattr(n.attrs, "round")))}
     got: dict[str, list[Array]] = {"logits": [], "loss": []}
     for t in range(info["steps"]):
         x = image(compiled.graph.values["input"].shape, t)
         got["logits"].append(session.infer(x))
         got["loss"].append(np.float32(session.train_step(x, t % info["classes"], LR).loss))
         if t in (0, info["steps"] - 1):
-            _check_rho(session, rho, want["rho" if t else "rho1"])
+            _check_rho(session, compiled, rho, want["rho" if t else "rho1"])
     for name, rows in got.items():
         assert _equal(np.stack(rows), want[name]), name
     state = session.state()
@@ -263,19 +264,21 @@ def test_exact_published_nets(assets: Path, index: int) -> None:
 
 def published(assets: Path, index: int) -> tuple[dict[str, Any], Compiled, dict[str, Array]]:
     """One entry of nets.json, compiled, with its vectors."""
-    info = json.loads((assets / "vectors" / "nets.json").read_text())[index]
+    info = json.loads((assets / "vectors2" / "nets.json").read_text())[index]
     model = attach_head(load_checkpoint(assets / "models" / f"{info['model']}.pkl"), info["classes"])
     compiled = compile_model(model, scheme.resolve(info["scheme"], model, bits=BITS[info["fraction_bits"]]))
-    with np.load(assets / "vectors" / info["file"], allow_pickle=False) as f:
+    with np.load(assets / "vectors2" / info["file"], allow_pickle=False) as f:
         return info, compiled, dict(f)
 
 
-def _check_rho(session: HostSession, places: dict[int, int], want: Array) -> None:
-    """rho of the input gradient of convolution i has the stream 3 i; without such a gradient it is 4."""
+def _check_rho(session: HostSession, compiled: Compiled, places: dict[int, int], want: Array) -> None:
+    """rho of the input gradient of convolution i has the site 64 n, n its place; without such a gradient it is 4."""
     rho = session.state()["rho"]
     assert len(rho) == len(places)
-    for i, value in enumerate(want):
-        assert (rho[places[3 * i]] if 3 * i in places else 4) == value, f"rho of convolution {i}"
+    model = [n for n in compiled.train.nodes if "int8" in OPS[n.op].stages]
+    sites = [64 * i for i, n in enumerate(model) if n.op == "conv2d"]
+    for i, (site, value) in enumerate(zip(sites, want, strict=True)):
+        assert (rho[places[site]] if site in places else 4) == value, f"rho of convolution {i}"
 
 
 def _check_layers(compiled: Compiled, state: dict[str, Array], want: dict[str, Array]) -> None:

@@ -94,7 +94,7 @@ def test_text_form() -> None:
         "%y : s8[1,1,1] q(0.3333333333333333, 0) = conv2d(%x, @w, $b, @s) {kernel=(2, 2), clamp=(-128, 127), dead=(0,)}"
         "  # conv.0 of blocks.1\n"
         "%r : s8[2,2,1] e3 = conv2d_dx_round(%y, @w) -> $rho {dx=Conv2dDx(conv=Conv2d(kernel=(2, 2)), in_hw=(2, 2)), "
-        "round=RoundGrad(stream=7, computes=True, conv=Conv2d(kernel=(2, 2)), mask=bits)}  # dx\n"
+        "round=RoundGrad(site=7, computes=True, conv=Conv2d(kernel=(2, 2)), mask=bits)}  # dx\n"
         "return %y, %r\n"
     )
 

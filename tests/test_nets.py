@@ -17,6 +17,7 @@ from trainlet.autodiff import scheme
 from trainlet.autodiff.walk import differentiate
 from trainlet.frontends import attach_head, load_checkpoint
 from trainlet.ir.graph import Graph, Node
+from trainlet.ops import OPS
 from trainlet.reference import StepResult, TrainState, initial_state, rounding, train_step
 
 LR = float(np.float32(0.1 / 256))
@@ -27,7 +28,7 @@ NETS = 5
 @cache
 def net(assets: Path, index: int) -> tuple[dict[str, Any], Graph]:
     """One entry of nets.json and its TRAIN graph."""
-    info = json.loads((assets / "vectors" / "nets.json").read_text())[index]
+    info = json.loads((assets / "vectors2" / "nets.json").read_text())[index]
     model = attach_head(load_checkpoint(assets / "models" / f"{info['model']}.pkl"), info["classes"])
     chosen = scheme.resolve(info["scheme"], model, bits=BITS[info["fraction_bits"]])
     return info, differentiate(model, chosen)
@@ -54,10 +55,12 @@ def _convs(graph: Graph) -> list[Node]:
 
 def rhos(graph: Graph, state: TrainState) -> np.ndarray:
     """rho of the input gradient of convolution i; 4 where there is none."""
-    out = np.full(len(_convs(graph)), 4, np.int8)
+    model = [n for n in graph.nodes if "int8" in OPS[n.op].stages]
+    numbers = {model.index(n): i for i, n in enumerate(_convs(graph))}
+    out = np.full(len(numbers), 4, np.int8)
     for node in graph.find("round_grad"):
         assert isinstance(node.attrs, RoundGrad)
-        out[node.attrs.stream // 3] = state.arrays[node.writes[0]][0]
+        out[numbers[node.attrs.site // 64]] = state.arrays[node.writes[0]][0]
     return out
 
 
@@ -108,7 +111,7 @@ def _equal(got: np.ndarray, want: np.ndarray) -> bool:
 
 
 def _vectors(assets: Path, info: dict[str, Any]) -> dict[str, np.ndarray]:
-    with np.load(assets / "vectors" / info["file"], allow_pickle=False) as f:
+    with np.load(assets / "vectors2" / info["file"], allow_pickle=False) as f:
         return dict(f)
 
 

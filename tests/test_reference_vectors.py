@@ -19,7 +19,7 @@ from trainlet.verify import verify_graph
 
 @pytest.fixture(scope="session")
 def primitives(assets: Path) -> dict[str, Any]:
-    with np.load(assets / "vectors" / "primitives.npz", allow_pickle=False) as f:
+    with np.load(assets / "vectors2" / "primitives.npz", allow_pickle=False) as f:
         return dict(f)
 
 

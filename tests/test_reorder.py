@@ -113,7 +113,7 @@ def test_nodes_move_and_nothing_else_changes(name: str) -> None:
         assert {n.name for n in moved.nodes[:cut]} == {n.name for n in graph.nodes[:cut]}
         assert dense_at(moved) == dense
         late = [n.op for n in moved.nodes[dense + 1 :]]
-        assert late.index("dense_sgd") == 1 + max(late.index(op) for op in ("check_lr", "softmax_xent", "avg_pool_dx"))
+        assert late.index("dense_sgd") == 1 + max(late.index(op) for op in ("check_lr", "softmax_xent", "enter_grad"))
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -270,7 +270,7 @@ def test_an_update_before_a_gradient_that_reads_the_weight_is_refused(name: str)
 def test_a_write_before_a_refusal_is_refused() -> None:
     graph = reorder(fuse(train_of(named_case("shared_later"))))
     (head,) = graph.find("dense_sgd")
-    for op in ("check_lr", "softmax_xent", "avg_pool_dx"):
+    for op in ("check_lr", "softmax_xent", "enter_grad"):
         (late,) = graph.find(op)
         nodes = [n for n in graph.nodes if n is not late]
         nodes.insert(nodes.index(head) + 1, late)

@@ -151,7 +151,7 @@ def test_channels_of_vectors(file: str, scheme: str) -> None:
     found = resolve(scheme, graph)
     layers = trainable_layers(graph)
     index = {layer: i for i, layer in enumerate(layers)}
-    with np.load(Path(str(ASSETS)) / "vectors" / f"{file}.npz", allow_pickle=False) as z:
+    with np.load(Path(str(ASSETS)) / "vectors2" / f"{file}.npz", allow_pickle=False) as z:
         want = {k: z[k] for k in z.files if k.startswith("sel")}
         biases = {k for k in z.files if k[0] == "b"}
     assert biases == {f"b{index[b]}" for b in found.biases}

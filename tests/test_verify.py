@@ -101,8 +101,8 @@ FAULTS: dict[str, tuple[Graph, str, str]] = {
         "'conv.0.sgd' writes it too",
     ),
     "gradient with the weights after their update": (
-        _order(_order(TR, "head.sgd", "head.dx"), "pool.dx", "head.sgd"),
-        "'pool.dx'",
+        _order(_order(TR, "head.sgd", "head.dx"), "pool.enter", "head.sgd"),
+        "'pool.enter'",
         "'gf' is made by an earlier node",
     ),
     "reader after the writer": (
@@ -110,7 +110,7 @@ FAULTS: dict[str, tuple[Graph, str, str]] = {
         "'conv.0.db'",
         "reads 'head.bias' before it is written, but 'head.sgd' has",
     ),
-    "refusal after a write": (_order(TR, "head.sgd", "pool.dx"), "'pool.dx'", "may refuse the step"),
+    "refusal after a write": (_order(TR, "head.sgd", "pool.enter"), "'pool.enter'", "may refuse the step"),
     # shapes and dtypes
     "wrong shape": (_value(I8, "conv.1.y", shape=(4, 4, 7)), "'conv.1'", "has the shape (4, 4, 6), not (4, 4, 7)"),
     "wrong dtype": (_value(I8, "logits", dtype="s32"), "'head'", "'logits' is f32, not s32"),
@@ -159,13 +159,13 @@ FAULTS: dict[str, tuple[Graph, str, str]] = {
     "bits that are a tensor": (_node(TR, "r.mask", inputs=("r", "conv.0.y")), "'r.mask'", "b1 exactly where"),
     "tensor that is bits": (_attrs(TR, "r.mask", source="value"), "'r.mask'", "b1 exactly where"),
     # gradients
-    "gradient without an exponent": (_value(TR, "r", exponent=None), "'pool.dx'", "'r' has an exponent slot"),
+    "gradient without an exponent": (_value(TR, "r", exponent=None), "'pool.enter'", "'r' has an exponent slot"),
     "sums with another exponent": (_value(TR, "db", exponent=1), "'conv.0.db'", "slot of 'r.masked', 0, not 1"),
     "masked gradient with another exponent": (_value(TR, "r.masked", exponent=1), "'r.mask'", "slot of 'r', 0, not 1"),
     "exponent of a real": (_value(TR, "gf", exponent=1), "'gf'", "only s8 and s32"),
     "negative exponent slot": (_value(TR, "r", exponent=-1), "'r'", "not negative"),
-    "stream used twice": (_attrs(TR, "conv.0.sgd_bias", stream=1), "'conv.0.sgd_bias'", "'conv.0.sgd' has 1 too"),
-    "stream of the head": (_attrs(TR, "conv.0.sgd_bias", stream=2**32 - 1), "'conv.0.sgd_bias'", "32-bit number"),
+    "site used twice": (_attrs(TR, "conv.0.sgd_bias", site=32), "'conv.0.sgd_bias'", "'conv.0.sgd' has 32 too"),
+    "site of the head": (_attrs(TR, "conv.0.sgd_bias", site=2**32 - 1), "'conv.0.sgd_bias'", "32-bit number"),
     "groups that do not divide": (_node(TR, "keep", attrs=SelectChannels(3)), "'keep'", "(2, 2, 6)"),
 }  # fmt: skip
 

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from trainlet.ir.graph import Node, Value
 
 
+GradType = Literal["s8", "f32"]
+
+
 @dataclass(frozen=True, slots=True)
 class Attrs:
     """Base of all attributes, and the attributes of an operator that has none."""
@@ -51,12 +54,15 @@ class AvgPool(Attrs):
 
 
 @dataclass(frozen=True, slots=True)
-class AvgPoolDx(Attrs):
-    """Gradient of a global average pool over ``in_hw``: where gradients enter the integers. One vector for all
-    pixels. ``stream`` numbers the rounding site."""
+class EnterGrad(Attrs):
+    """Where a gradient in reals becomes that of a tensor of ``shape`` (H, W, C), as s8 at the rounding ``site``, or as
+    f32 in a graph of reals. Its numbers, times ``factor``, are one for each element, or one for each channel, which
+    stands for all pixels."""
 
-    in_hw: tuple[int, int]
-    stream: int
+    shape: tuple[int, int, int]
+    factor: float
+    site: int
+    dtype: GradType
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +105,7 @@ class RoundGrad(Attrs):
     ``computes`` says whether the first inputs are (acc, w_scale) of a convolution with ``conv`` attributes; then comes
     the mask source, if any; then the further gradients in the order of their consumers."""
 
-    stream: int
+    site: int
     computes: bool
     conv: Conv2d | None = None
     mask: MaskFrom = "none"
@@ -125,7 +131,7 @@ class Conv2dDb(Attrs):
 class SgdWeight(Attrs):
     """``x_scale`` is the scale of the layer's input, ``pixels`` the size of its output, ``fraction_bits`` 0, 4 or 8."""
 
-    stream: int
+    site: int
     fraction_bits: int
     x_scale: float
     pixels: int
@@ -136,7 +142,7 @@ class SgdWeight(Attrs):
 class SgdBias(Attrs):
     """As ``SgdWeight``."""
 
-    stream: int
+    site: int
     x_scale: float
     pixels: int
     conv: Conv2d

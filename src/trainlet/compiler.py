@@ -16,7 +16,7 @@ from trainlet.passes.inplace import inplace
 from trainlet.passes.reorder import reorder
 from trainlet.plan.arena import MemoryPlan, make_plan
 from trainlet.plan.state import StateLayout, state_layout
-from trainlet.verify import verify_graph, verify_plan
+from trainlet.verify import verify_compilable, verify_graph, verify_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,7 @@ def lower(graph: Graph, scheme: UpdateScheme, passes: Passes = ALL) -> tuple[Gra
     """(the training step as differentiated, the same as kernels in an order); no memory has a place yet. Raises
     UnsupportedError naming the layer where it cannot be trained."""
     verify_graph(graph)
+    verify_compilable(graph)
     train = differentiate(graph, scheme)
     lowered = fuse(train) if passes.fuse else train.with_nodes(train.nodes, stage=Stage.LOWERED)
     return train, reorder(lowered, overwrites=passes.inplace) if passes.reorder else lowered
@@ -69,6 +70,7 @@ def compile_inference(graph: Graph, passes: Passes = ALL) -> Compiled:
     """The same model without a training step: nothing of training is in its code, arena or state. Only the head stays
     in the state, since it is not part of the model file. ``graph`` is verified, of stage INT8 and has a head."""
     verify_graph(graph)
+    verify_compilable(graph)
     lowered = replace(graph, stage=Stage.LOWERED)
     verify_graph(lowered)
     return _finish(_plan(graph, lowered, passes), UpdateScheme("inference"))

@@ -18,12 +18,12 @@ from trainlet.attrs import (
     Add,
     Attrs,
     AvgPool,
-    AvgPoolDx,
     CheckLr,
     Conv2d,
     Conv2dDb,
     Conv2dDw,
     Conv2dDx,
+    EnterGrad,
     FusedDb,
     FusedDw,
     FusedDx,
@@ -170,11 +170,14 @@ def _rule_check_lr(node: Node, ins: Sequence[Value]) -> tuple[Type, ...]:
     return ()
 
 
-def _rule_avg_pool_dx(node: Node, ins: Sequence[Value]) -> tuple[Type, ...]:
-    need(len(ins) == 1 and len(ins[0].shape) == 1, "input is the feature gradient (C,)")
+def _rule_enter_grad(node: Node, ins: Sequence[Value]) -> tuple[Type, ...]:
+    need(len(ins) == 1 and len(ins[0].shape) == 1 and ins[0].dtype == "f32", "input is a gradient (n,) in f32")
     a = node.attrs
-    assert isinstance(a, AvgPoolDx)
-    return (((1, 1, ins[0].shape[0]), "s8" if a.stream >= 0 else "f32"),)
+    assert isinstance(a, EnterGrad)
+    h, w, c = a.shape
+    n = ins[0].size
+    need(n in (c, h * w * c), f"there is a number for each of {c} channels or {h * w * c} elements, not {n}")
+    return (((1, 1, c) if n == c else a.shape, a.dtype),)
 
 
 def _rule_clip_mask(node: Node, ins: Sequence[Value]) -> tuple[Type, ...]:
@@ -405,7 +408,7 @@ OPS: dict[str, Op] = {
     "softmax_xent": Op(Attrs, _rule_softmax_xent, _macs_none, _STEP),
     "dense_dx": Op(Attrs, _rule_dense_dx, _macs_dense, _STEP),
     "dense_sgd": Op(Attrs, _rule_dense_sgd, _macs_dense_sgd, _STEP),
-    "avg_pool_dx": Op(AvgPoolDx, _rule_avg_pool_dx, _macs_none, _STEP),
+    "enter_grad": Op(EnterGrad, _rule_enter_grad, _macs_none, _STEP),
     # gradients and updates
     "mask_grad": Op(Mask, _rule_mask_grad, _macs_none, _STEP),
     "round_grad": Op(RoundGrad, _rule_round_grad, _macs_none, _STEP),

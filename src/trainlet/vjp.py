@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trainlet.attrs import Attrs, AvgPool, AvgPoolDx, Conv2d, Conv2dDb, Conv2dDw, Conv2dDx, SgdBias, SgdWeight
+from trainlet.attrs import Attrs, AvgPool, Conv2d, Conv2dDb, Conv2dDw, Conv2dDx, SgdBias, SgdWeight
 from trainlet.errors import UnsupportedError
 from trainlet.ir.graph import Node, Value
 from trainlet.numerics import MAX_UPDATE_PIXELS, dx_bits
@@ -20,6 +20,10 @@ from trainlet.ops import fan_out
 
 if TYPE_CHECKING:
     from trainlet.autodiff.walk import Tape
+
+
+WEIGHT, BIAS = 32, 33
+"""Slots of a node's rounding sites: 0 to 31 are its operands, from 32 on its parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,7 @@ def _update_weight(tape: Tape, node: Node, a: Conv2d, g: str) -> None:
     dw = Value(f"{node.name}.dw", shape, tape.sums, exponent=slot)
     attrs = Conv2dDw(a, tape.value(choice.channels).size)
     tape.emit("conv2d_dw", dw.name, node.layer, (g, choice.kept), attrs, dw)
-    sgd = SgdWeight(tape.stream(node) + 1, tape.fraction_bits, tape.x_scale(node), pixels, a)
+    sgd = SgdWeight(tape.site(node, WEIGHT), tape.fraction_bits, tape.x_scale(node), pixels, a)
     ins = tuple(v for v in (dw.name, "lr", tape.scale_of(node), choice.channels) if v)
     writes = (choice.weight, choice.fraction) if choice.fraction else (choice.weight,)
     tape.emit("sgd_weight", f"{node.name}.weight_sgd", node.layer, ins, sgd, writes=writes)
@@ -89,7 +93,7 @@ def _update_bias(tape: Tape, node: Node, a: Conv2d, g: str) -> None:
     y = tape.value(node.outputs[0])
     db = Value(f"{node.name}.db", tape.value(bias).shape, tape.sums, exponent=tape.value(g).exponent)
     tape.emit("conv2d_db", db.name, node.layer, (g,), Conv2dDb(y.shape[0] * y.shape[1]), db)
-    sgd = SgdBias(tape.stream(node) + 2, tape.x_scale(node), y.shape[0] * y.shape[1], a)
+    sgd = SgdBias(tape.site(node, BIAS), tape.x_scale(node), y.shape[0] * y.shape[1], a)
     ins = tuple(v for v in (db.name, "lr", tape.scale_of(node)) if v)
     tape.emit("sgd_bias", f"{node.name}.bias_sgd", node.layer, ins, sgd, writes=(bias,))
 
@@ -111,10 +115,8 @@ def vjp_avg_pool(tape: Tape, node: Node, g: str) -> None:
             f"{node.layer}: gradients pass a global average pool in front of the head, not a "
             f"{a.kernel[0]}x{a.kernel[1]} pool; train no layer before it"
         )
-    grad = Value(f"{x.name}.pool_grad", (1, 1, x.shape[2]), tape.gradient, exponent=tape.new_exponent())
-    stream = tape.feature_stream if tape.integer else -1
-    tape.emit("avg_pool_dx", f"{node.name}.dx", node.layer, (g,), AvgPoolDx(_hw(x), stream), grad)
-    tape.reach(x.name, node, Shared(grad.name))
+    h, w = a.kernel
+    tape.reach(x.name, node, Shared(tape.enter(node, x.name, g, 1.0 / (h * w))))
 
 
 def vjp_dense(tape: Tape, node: Node, g: str) -> None:
@@ -123,7 +125,7 @@ def vjp_dense(tape: Tape, node: Node, g: str) -> None:
     if tape.needs_gradient(x):
         gf = Value(f"{node.name}.dx", (tape.value(w).shape[1],), "f32")
         tape.emit("dense_dx", gf.name, node.layer, (g, w), Attrs(), gf)
-        tape.reach(x, node, Shared(gf.name))
+        tape.reach(x, node, Shared(gf.name if tape.takes_reals(x) else tape.enter(node, x, gf.name, 1.0)))
     # after everything that may still refuse the step
     tape.defer(Node("dense_sgd", f"{node.name}.sgd", node.layer, (g, x, "lr"), (), Attrs(), (w, b)))
 
@@ -137,7 +139,7 @@ VJP: dict[str, Callable[[Tape, Node, str], None]] = {
 
 NOT_DIFFERENTIABLE = frozenset(
     {
-        "clip_mask", "select_channels", "check_lr", "softmax_xent", "dense_dx", "dense_sgd", "avg_pool_dx", "mask_grad",
+        "clip_mask", "select_channels", "check_lr", "softmax_xent", "dense_dx", "dense_sgd", "enter_grad", "mask_grad",
         "round_grad", "conv2d_dx", "conv2d_dw", "conv2d_db", "sgd_weight", "sgd_bias", "conv2d_dx_round",
         "conv2d_dw_sgd", "conv2d_db_sgd", "stream",
     }

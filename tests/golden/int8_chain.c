@@ -59,8 +59,8 @@ static tl_status gradient(tl_context *c)
     { TL_TRY(tl_softmax_xent_f32(TL_AT(float, a, 1024), 4, c->label, &c->loss, TL_AT(float, a, 928))); }
     /* head: dense_dx */
     { tl_dense_dx_f32(TL_AT(float, a, 928), TL_AT(float, s, 56), 4, 6, TL_AT(float, a, 560)); }
-    /* pool: avg_pool_dx */
-    { TL_TRY(tl_avg_pool_dx_s8(&c->step, 9u, TL_AT(float, a, 560), 6, 0x1.0000000000000p-4f, TL_AT(int8_t, a, 812),
+    /* pool: enter_grad */
+    { TL_TRY(tl_enter_grad_s8(&c->step, 256u, TL_AT(float, a, 560), 6, 0x1.0000000000000p-4f, TL_AT(int8_t, a, 812),
         &c->exponent[0])); }
     return TL_OK;
 }
@@ -79,12 +79,12 @@ static void backward(tl_context *c)
     uint8_t *const a = c->arena;
     uint8_t *const s = c->state;
     /* block.project: conv2d_db_sgd */
-    { tl_bias_sgd_s8(&c->step, 8u, (tl_grad){TL_VECTOR(TL_AT(int8_t, a, 812)), c->exponent[0]}, 16, 1, 6,
+    { tl_bias_sgd_s8(&c->step, 161u, (tl_grad){TL_VECTOR(TL_AT(int8_t, a, 812)), c->exponent[0]}, 16, 1, 6,
         conv_2_bias_sgd_rate, c->lr, 16, TL_AT(int32_t, s, 32), a + 560); }
     /* block.depthwise: conv2d_dx_round */
     { tl_conv2d_dx_s8(&c->step, &conv_2_round_geometry, &conv_2_round_scale, (tl_weights){conv_2_weight_frozen,
         TL_AT(int8_t, s, 249), conv_2_channels, 3}, (tl_grad){TL_VECTOR(TL_AT(int8_t, a, 812)), c->exponent[0]},
-        &(const tl_site){6u, TL_AT(int8_t, s, 276), &c->exponent[1], NULL, 0, (tl_mask){TL_AT(uint8_t, a, 792),
+        &(const tl_site){128u, TL_AT(int8_t, s, 276), &c->exponent[1], NULL, 0, (tl_mask){TL_AT(uint8_t, a, 792),
         NULL, -128, 127}}, TL_AT(int8_t, a, 928), 0, 4, a + 0); }
     /* block.project: conv2d_dw_sgd */
     { tl_conv2d_dw_s8(&c->step, &conv_2_weight_sgd_geometry, &conv_2_weight_sgd_update,
@@ -95,7 +95,7 @@ static void backward(tl_context *c)
         (tl_grad){TL_PLAIN(TL_AT(int8_t, a, 928), 4, 4, 6), c->exponent[1]}, TL_PLAIN(TL_AT(int8_t, a, 832), 4, 4,
         6), c->lr, TL_AT(int8_t, s, 168), TL_AT(uint8_t, s, 222), a + 0); }
     /* block.depthwise: conv2d_db_sgd */
-    { tl_bias_sgd_s8(&c->step, 5u, (tl_grad){TL_PLAIN(TL_AT(int8_t, a, 928), 4, 4, 6), c->exponent[1]}, 4, 4, 6,
+    { tl_bias_sgd_s8(&c->step, 97u, (tl_grad){TL_PLAIN(TL_AT(int8_t, a, 928), 4, 4, 6), c->exponent[1]}, 4, 4, 6,
         conv_1_bias_sgd_rate, c->lr, 16, TL_AT(int32_t, s, 8), a + 0); }
 }
 
@@ -108,7 +108,7 @@ static const tl_init start[] = {
 };
 
 static const tl_model model = {
-    .hash = 0xca91a94fu,
+    .hash = 0x68f25d78u,
     .arena_bytes = 1044u,
     .state_bytes = 280u,
     .height = 8,

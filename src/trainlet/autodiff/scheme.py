@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from trainlet.attrs import Conv2d
 from trainlet.errors import UsageError
-from trainlet.frontends.common import feature_pool, trunk
+from trainlet.frontends.common import features, trunk
 from trainlet.ir.graph import Graph, Node
 
 FORMAT: Final = "trainlet.scheme"
@@ -103,7 +103,7 @@ def _hint(word: str, words: Iterable[str]) -> str:
 
 
 def trainable_layers(graph: Graph) -> dict[str, Node]:
-    """The convolutions before the pooled features, by layer, in order: those a scheme may name."""
+    """The convolutions before the features, by layer, in order: those a scheme may name."""
     convs = [n for n in trunk(graph) if n.op == "conv2d"]
     layers = {n.layer: n for n in convs}
     if len(layers) < len(convs):
@@ -199,7 +199,7 @@ def extra_memory_bytes(graph: Graph, scheme: UpdateScheme) -> int:
 def extra_memory_bits(graph: Graph, scheme: UpdateScheme) -> int:
     """``extra_memory_bytes`` in bits: a sum over layers, each of which counts by itself."""
     scheme = check_scheme(scheme, graph)
-    bits = 8 * graph.values[feature_pool(graph).outputs[0]].size
+    bits = 8 * graph.values[features(graph)].size
     reached: set[str] = set()  # values behind a trained layer: gradients flow through what makes them
     for node in trunk(graph):
         conv = node.op == "conv2d"

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from trainlet.attrs import Add, Attrs, CheckLr, Conv2d, Mask, MaskFrom, RoundGrad, SelectChannels
+from trainlet.attrs import Add, Attrs, AvgPool, CheckLr, Conv2d, EnterGrad, Mask, MaskFrom, RoundGrad, SelectChannels
 from trainlet.autodiff.scheme import UpdateScheme, check_scheme, selected_channels
 from trainlet.errors import UnsupportedError, UsageError
 from trainlet.ir.graph import Array, Graph, GraphBuilder, Kind, Node, Stage, Value
 from trainlet.numerics import RHO_START, bias_rate, weight_rate
 from trainlet.verify import verify_graph
+from trainlet.verify.graph import REFUSES
 from trainlet.vjp import VJP, Shared, Sums
 
 UPDATES = frozenset({"sgd_weight", "sgd_bias"})
@@ -37,7 +38,7 @@ class Trained:
 
 
 class Tape:
-    """The walk in progress: what rules read (values, choices, streams) and where they append."""
+    """The walk in progress: what rules read (values, choices, sites) and where they append."""
 
     def __init__(self, graph: Graph, scheme: UpdateScheme) -> None:
         self.graph, self.scheme = graph, scheme
@@ -47,14 +48,13 @@ class Tape:
         self.sums = "s32" if self.integer else "f32"
         self.fraction_bits = scheme.fraction_bits if self.integer else 0
         self.trained: dict[str, Trained] = {}
-        self._index = {n.name: i for i, n in enumerate(graph.find("conv2d"))}
+        self._position = {n.name: i for i, n in enumerate(graph.nodes)}
         self._kept: dict[str, list[Node]] = {}  # producer ("" for the input) -> nodes to run right after it
         self._shares: dict[str, list[tuple[Node, Sums | Shared]]] = {}
         self._grads: dict[str, str] = {}
         self._deferred: list[Node] = []
         self._exponents = 0
         self._moving = self._values_that_move()
-        self._add_only = [v for v in graph.values if self._owned_by_no_convolution(v)]
 
     # -- what rules ask ------------------------------------------------------------------------------------
 
@@ -66,14 +66,21 @@ class Tape:
         """Whether a trained parameter lies before this value."""
         return name in self._moving
 
-    def stream(self, conv: Node) -> int:
-        """3i for convolution i: its input gradient's stream; + 1 its weights', + 2 its biases'."""
-        return 3 * self._index[conv.name]
+    def site(self, node: Node, slot: int) -> int:
+        """The number of a rounding (docs/arithmetic.md, section 2): of the gradient of operand ``slot`` of a node of
+        the model, or from 32 on of a parameter."""
+        return 64 * self._position[node.name] + slot
 
-    @property
-    def feature_stream(self) -> int:
-        """3N: where gradients enter the integers."""
-        return 3 * len(self._index)
+    def operand_site(self, node: Node, x: str) -> int:
+        """The site of the gradient of ``x``, an operand of ``node``."""
+        return self.site(node, node.inputs.index(x))
+
+    def takes_reals(self, x: str) -> bool:
+        """Whether what makes ``x`` takes its gradient in reals: a global average pool that only the head reads."""
+        maker = self.graph.producer(x)
+        a = maker.attrs if maker else None
+        whole = isinstance(a, AvgPool) and maker is not None and a.kernel == self.value(maker.inputs[0]).shape[:2]
+        return whole and len(self.graph.consumers(x)) == 1
 
     def x_scale(self, conv: Node) -> float:
         """Scale of a convolution's input; 1 in reals."""
@@ -121,11 +128,23 @@ class Tape:
         """Appends ``node`` once nothing can refuse the step any more."""
         self._deferred.append(node)
 
+    def enter(self, node: Node, x: str, g: str, factor: float) -> str:
+        """The gradient ``g``, in reals, times ``factor`` as that of the operand ``x`` of ``node``."""
+        v = self.value(x)
+        h, w, c = v.shape
+        shape = (1, 1, c) if self.value(g).size == c else v.shape
+        grad = Value(f"{x}.entered", shape, self.gradient, exponent=self.new_exponent())
+        attrs = EnterGrad((h, w, c), factor, self.operand_site(node, x), "s8" if self.integer else "f32")
+        self.emit("enter_grad", f"{node.name}.enter", node.layer, (g,), attrs, grad)
+        return grad.name
+
     def reach(self, x: str, consumer: Node, share: Sums | Shared) -> None:
         """``share`` is what ``consumer`` adds to the gradient of ``x``."""
         first = self.graph.consumers(x)[0]
         if isinstance(share, Sums) and consumer is not first:
-            share = Shared(self._round(x, share, [], stream=self.stream(consumer), masked=False, tag=consumer.name))
+            share = Shared(
+                self._round(x, share, [], site=self.operand_site(consumer, x), masked=False, tag=consumer.name)
+            )
         self._shares.setdefault(x, []).append((consumer, share))
 
     # -- the walk ------------------------------------------------------------------------------------------
@@ -170,7 +189,7 @@ class Tape:
                 self._grads[x] = self._finish(x)
         if node.op == "conv2d":
             self.builder.nodes += parameters
-        if node.op == "avg_pool":
+        if any(n.op in REFUSES for n in self.builder.nodes[at:]):
             self._flush()
 
     def _flush(self) -> None:
@@ -194,10 +213,10 @@ class Tape:
         (owner, first), rest = shares[0], shares[1:]
         further = [s.grad for _, s in rest if isinstance(s, Shared)]
         if isinstance(first, Sums):
-            return self._round(x, first, further, stream=self.stream(owner), masked=True, tag=owner.name)
+            return self._round(x, first, further, site=self.operand_site(owner, x), masked=True, tag=owner.name)
         if rest:
-            stream = self.feature_stream + 1 + self._add_only.index(x)
-            return self._round(x, None, [first.grad, *further], stream=stream, masked=True, tag=x)
+            site = self.operand_site(owner, x)
+            return self._round(x, None, [first.grad, *further], site=site, masked=True, tag=x)
         return self._masked(x, first.grad)
 
     def _masked(self, x: str, grad: str) -> str:
@@ -209,7 +228,7 @@ class Tape:
         self.emit("mask_grad", f"{x}.mask_grad", self._layer(x), (grad, name), Mask(clamp, source), out)
         return out.name
 
-    def _round(self, x: str, sums: Sums | None, further: list[str], *, stream: int, masked: bool, tag: str) -> str:
+    def _round(self, x: str, sums: Sums | None, further: list[str], *, site: int, masked: bool, tag: str) -> str:
         clamp = self._activation(x) if masked else None
         source: MaskFrom = "none"
         ins = [v for v in (sums.acc, sums.scale) if v] if sums else []
@@ -218,7 +237,7 @@ class Tape:
             ins.append(name)
         conv = sums.node.attrs if sums else None
         assert conv is None or isinstance(conv, Conv2d)
-        attrs = RoundGrad(stream, sums is not None, conv, source, clamp)
+        attrs = RoundGrad(site, sums is not None, conv, source, clamp)
         out = Value(f"{x}.grad" if masked else f"{tag}.share", self.value(x).shape, self.gradient,
                     exponent=self.new_exponent())  # fmt: skip
         writes: tuple[str, ...] = ()
@@ -263,11 +282,6 @@ class Tape:
             if n.layer in layers or not moving.isdisjoint(n.inputs):
                 moving.update(n.outputs)
         return frozenset(moving)
-
-    def _owned_by_no_convolution(self, x: str) -> bool:
-        consumers = self.graph.consumers(x)
-        reads = sum(n.inputs.count(x) for n in consumers)  # an addition of x to itself reads it twice
-        return reads > 1 and consumers[0].op != "conv2d"
 
     def _choose(self, node: Node) -> Node:
         """A forward node with its trained parameters turned into states."""

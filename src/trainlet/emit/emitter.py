@@ -188,4 +188,4 @@ class Emitter:
         array = f"(const tl_grad[]){{{', '.join(further)}}}" if further else "NULL"
         slot = self.value(node.outputs[0]).exponent
         rho = self.ptr(node.writes[0])
-        return f"&(const tl_site){{{a.stream}u, {rho}, &c->exponent[{slot}], {array}, {len(further)}, {mask}}}"
+        return f"&(const tl_site){{{a.site}u, {rho}, &c->exponent[{slot}], {array}, {len(further)}, {mask}}}"

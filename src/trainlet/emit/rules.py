@@ -9,12 +9,12 @@ from trainlet import numerics
 from trainlet.attrs import (
     Add,
     AvgPool,
-    AvgPoolDx,
     CheckLr,
     Conv2d,
     Conv2dDb,
     Conv2dDw,
     Conv2dDx,
+    EnterGrad,
     FusedDb,
     FusedDw,
     FusedDx,
@@ -119,14 +119,13 @@ def emit_dense_sgd(e: Emitter, n: Node) -> str:
     return call("tl_dense_sgd_f32", e.ptr(g), e.ptr(x), e.zero(x), scale, "c->lr", k, c, e.ptr(w), e.ptr(b))
 
 
-def emit_avg_pool_dx(e: Emitter, n: Node) -> str:
+def emit_enter_grad(e: Emitter, n: Node) -> str:
     a = n.attrs
-    assert isinstance(a, AvgPoolDx)
+    assert isinstance(a, EnterGrad)
     out = e.value(n.outputs[0])
-    inverse = c_float(1.0 / (a.in_hw[0] * a.in_hw[1]))
     slot = f"&c->exponent[{out.exponent}]"
-    gf = e.ptr(n.inputs[0])
-    return call("tl_avg_pool_dx_s8", "&c->step", f"{a.stream}u", gf, out.shape[2], inverse, e.ptr(out.name), slot)
+    given = (f"{a.site}u", e.ptr(n.inputs[0]), out.size, c_float(a.factor))
+    return call("tl_enter_grad_s8", "&c->step", *given, e.ptr(out.name), slot)
 
 
 def emit_mask_grad(e: Emitter, n: Node) -> str:
@@ -212,7 +211,7 @@ def _weight_update(e: Emitter, n: Node, a: SgdWeight, scale: str, channels: str)
     """The tl_dw of an update, and what it writes: weights and fraction bits."""
     rate = e.table(f"{n.name}.rate", numerics.weight_rate(a.conv, e.scales(scale), a.x_scale))
     pre = numerics.pre_shift(127 * 255 * a.pixels)
-    fields = (f"{a.stream}u", e.ptr(channels), e.value(channels).size, a.fraction_bits, pre, rate)
+    fields = (f"{a.site}u", e.ptr(channels), e.value(channels).size, a.fraction_bits, pre, rate)
     fraction = f"TL_AT(uint8_t, s, {e.layout.offsets[n.writes[1]]})" if len(n.writes) > 1 else "NULL"
     return "&" + e.struct(f"{n.name}.update", "tl_dw", *fields), e.ptr(n.writes[0]), fraction
 
@@ -259,7 +258,7 @@ def emit_sgd_bias(e: Emitter, n: Node) -> str:
     assert isinstance(a, SgdBias)
     db, _, scale = n.inputs
     sums = (e.ptr(db), _exponent(e, db), e.value(db).size)
-    return call("tl_bias_sgd_s32", "&c->step", f"{a.stream}u", *sums, *_bias_update(e, n, a, scale))
+    return call("tl_bias_sgd_s32", "&c->step", f"{a.site}u", *sums, *_bias_update(e, n, a, scale))
 
 
 def emit_conv2d_db_sgd(e: Emitter, n: Node) -> str:
@@ -267,7 +266,7 @@ def emit_conv2d_db_sgd(e: Emitter, n: Node) -> str:
     a = n.attrs.sgd
     g, _, scale = n.inputs
     grad = (e.grad(g), *_bias_pixels(e, g, a.pixels))
-    return call("tl_bias_sgd_s8", "&c->step", f"{a.stream}u", *grad, *_bias_update(e, n, a, scale), e.scratch(n))
+    return call("tl_bias_sgd_s8", "&c->step", f"{a.site}u", *grad, *_bias_update(e, n, a, scale), e.scratch(n))
 
 
 def emit_stream(e: Emitter, n: Node) -> str:
@@ -285,7 +284,7 @@ EMIT: Mapping[str, Callable[[Emitter, Node], str]] = {
     "softmax_xent": emit_softmax_xent,
     "dense_dx": emit_dense_dx,
     "dense_sgd": emit_dense_sgd,
-    "avg_pool_dx": emit_avg_pool_dx,
+    "enter_grad": emit_enter_grad,
     "mask_grad": emit_mask_grad,
     "round_grad": emit_round_grad,
     "conv2d_dx": emit_conv2d_dx,

@@ -11,7 +11,7 @@ from trainlet.emit.emitter import Emitter, comment
 from trainlet.emit.rules import EMIT
 from trainlet.ir.graph import Node
 
-REFUSES: Final = frozenset({"check_lr", "softmax_xent", "avg_pool_dx"})
+REFUSES: Final = frozenset({"check_lr", "softmax_xent", "enter_grad"})
 """Operators whose call may end the step with a status."""
 
 _LOCALS: Final = (("a", "arena"), ("s", "state"))

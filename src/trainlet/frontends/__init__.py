@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from trainlet.errors import UnsupportedError, UsageError
-from trainlet.frontends.common import attach_head, canonicalize_dead, check_sums, feature_pool, trunk
+from trainlet.frontends.common import attach_head, canonicalize_dead, check_sums, features, trunk
 from trainlet.frontends.published.checkpoint import load_checkpoint
 from trainlet.frontends.size import at_size
 from trainlet.ir.graph import Graph
@@ -18,7 +18,7 @@ __all__ = [
     "attach_head",
     "canonicalize_dead",
     "check_sums",
-    "feature_pool",
+    "features",
     "load",
     "load_checkpoint",
     "trunk",

@@ -52,23 +52,32 @@ def check_sums(layer: str, b: NDArray[np.int32], fan_in: int) -> None:
         )
 
 
-def feature_pool(graph: Graph) -> Node:
-    """The last global average pool: its output is what a classifier sees. UnsupportedError if there is none."""
+def features(graph: Graph) -> str:
+    """What a classifier sees: the input of the dense layers that the model ends in, else the output of its last global
+    average pool. UnsupportedError where it has neither."""
+    last = graph.producer(graph.outputs[0])
+    if last is not None and last.op == "dense":
+        return _below_dense(graph, last)
     for node in reversed(graph.find("avg_pool")):
         a, x = node.attrs, graph.values[node.inputs[0]]
         assert isinstance(a, AvgPool)
         if a.kernel == x.shape[:2] and not any(a.pads):
-            return node
+            return node.outputs[0]
     raise UnsupportedError(
-        f"{graph.name}: no global average pool was found, and a new head is put behind one; "
-        "use a model that ends in a global average pool and a classifier"
+        f"{graph.name}: it ends in no dense layer and has no global average pool, and a new head takes the place "
+        "of the one or is put behind the other; use a model with a classifier"
     )
 
 
+def _below_dense(graph: Graph, node: Node) -> str:
+    """The input of the first of the dense layers of which ``node`` is the last."""
+    below = graph.producer(node.inputs[0])
+    return node.inputs[0] if below is None or below.op != "dense" else _below_dense(graph, below)
+
+
 def trunk(graph: Graph) -> tuple[Node, ...]:
-    """The nodes that do not depend on the pooled features, and the pool itself: the model without its classifier."""
-    pool = feature_pool(graph)
-    behind = set(pool.outputs)
+    """The nodes that do not depend on the features: the model without its classifier."""
+    behind = {features(graph)}
     kept = []
     for node in graph.nodes:
         if behind.isdisjoint(node.inputs):
@@ -78,12 +87,12 @@ def trunk(graph: Graph) -> tuple[Node, ...]:
     return tuple(kept)
 
 
-def _own_head(graph: Graph, classes: int, features: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Weight and bias of the dense layer that the model has behind its pooled ``features``."""
-    own = next((n for n in graph.find("dense") if n.inputs[0] == features), None)
+def _own_head(graph: Graph, classes: int, x: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Weight and bias of the dense layer that the model has behind its features ``x``."""
+    own = next((n for n in graph.find("dense") if n.inputs[0] == x), None)
     if own is None or not all(n in graph.data for n in own.inputs[1:]):
         raise UnsupportedError(
-            f"{graph.name}: no trained dense layer follows its pooled features, so there is no head to keep; "
+            f"{graph.name}: no trained dense layer follows its features, so there is no head to keep; "
             "start with a new one"
         )
     weight, bias = (graph.data[n].astype(np.float32) for n in own.inputs[1:])
@@ -93,21 +102,21 @@ def _own_head(graph: Graph, classes: int, features: str) -> tuple[NDArray[np.flo
 
 
 def attach_head(graph: Graph, classes: int, *, keep: bool = False) -> Graph:
-    """Replaces what follows the global average pool by a dense f32 layer ``head`` with ``classes`` outputs (1..65535).
+    """Replaces what follows the features by a dense f32 layer ``head`` with ``classes`` outputs (1..65535).
 
-    ``head.weight`` [classes, C] has no data: a session draws it from its seed; ``head.bias`` starts at 0. With ``keep``
+    ``head.weight`` [classes, n] has no data: a session draws it from its seed; ``head.bias`` starts at 0. With ``keep``
     both start from the dense layer that the model brings; UnsupportedError where it brings none, UsageError where that
     has another number of classes. The output is ``logits`` (classes,) f32."""
     if isinstance(classes, bool) or not isinstance(classes, int) or not 1 <= classes <= MAX_CLASSES:
         raise UsageError(f"head: {classes!r} classes; give a whole number from 1 to {MAX_CLASSES}")
     nodes = trunk(graph)
-    features = feature_pool(graph).outputs[0]
-    start, bias_start = _own_head(graph, classes, features) if keep else (None, np.zeros(classes, np.float32))
-    base = replace(graph, outputs=(features,)).with_nodes(nodes)
+    x = features(graph)
+    start, bias_start = _own_head(graph, classes, x) if keep else (None, np.zeros(classes, np.float32))
+    base = replace(graph, outputs=(x,)).with_nodes(nodes)
     g = GraphBuilder(graph.name, base)
     g.nodes.extend(nodes)
-    weight = g.add(Value("head.weight", (classes, base.values[features].size), "f32", Kind.STATE), start)
+    weight = g.add(Value("head.weight", (classes, base.values[x].size), "f32", Kind.STATE), start)
     bias = g.add(Value("head.bias", (classes,), "f32", Kind.STATE), bias_start)
-    node = Node("dense", "head", "head", (features, weight, bias), ("logits",), Attrs())
+    node = Node("dense", "head", "head", (x, weight, bias), ("logits",), Attrs())
     g.emit(node, Value("logits", (classes,), "f32"))
     return g.build(graph.stage, ("logits",))

@@ -58,10 +58,10 @@ def _packed(values: NDArray[np.int8]) -> NDArray[np.uint8]:
     return (flat[0::2] | flat[1::2] << 4).astype(np.uint8)
 
 
-def _stream(node: Node) -> int:
+def _site(node: Node) -> int:
     a = node.attrs
     assert isinstance(a, FusedDx | RoundGrad)
-    return a.round.stream if isinstance(a, FusedDx) else a.stream
+    return a.round.site if isinstance(a, FusedDx) else a.site
 
 
 def _fraction_bits(update: Node) -> int:
@@ -76,7 +76,7 @@ class StateCodec:
     def __init__(self, graph: Graph, layout: StateLayout) -> None:
         self.graph, self.layout = graph, layout
         self._updates = {n.writes[0]: n for n in (*graph.find("conv2d_dw_sgd"), *graph.find("sgd_weight"))}
-        sites = sorted((*graph.find("conv2d_dx_round"), *graph.find("round_grad")), key=_stream)
+        sites = sorted((*graph.find("conv2d_dx_round"), *graph.find("round_grad")), key=_site)
         self._rho = [n.writes[0] for n in sites]
         fractions = {n.writes[1] for n in self._updates.values() if len(n.writes) > 1}
         self._plain = [v.name for v in graph.states() if v.name not in {*self._updates, *fractions, *self._rho}]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trainlet.attrs import AvgPoolDx, Conv2d, Conv2dDb, Conv2dDw, Conv2dDx, FusedDx, Mask, RoundGrad
+from trainlet.attrs import Conv2d, Conv2dDb, Conv2dDw, Conv2dDx, EnterGrad, FusedDx, Mask, RoundGrad
 from trainlet.errors import UnsupportedError
 from trainlet.ir.graph import Node
 from trainlet.ops import conv_out_hw, fan_out
@@ -30,18 +30,18 @@ def ref_dense_dx(run: Run, node: Node, ins: Sequence[Tensor]) -> tuple[Tensor, .
     return (gf,)
 
 
-def ref_avg_pool_dx(run: Run, node: Node, ins: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """gf -> r; sets the anchor, or ``zero_gradient``. MismatchError where gf is not finite."""
+def ref_enter_grad(run: Run, node: Node, ins: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """g -> r; sets the anchor, or ``zero_gradient``. MismatchError where g is not finite."""
     a = node.attrs
-    assert isinstance(a, AvgPoolDx)
-    real = run.rounding.real
-    v = ins[0] * real.type(1.0 / (a.in_hw[0] * a.in_hw[1]))
+    assert isinstance(a, EnterGrad)
+    v = ins[0] * run.rounding.real.type(a.factor)
     need_finite(node, "the gradient of the features", v)
-    entry = run.rounding.enter(run.rounding.flush(v, -100), run.key(a.stream))
+    entry = run.rounding.enter(run.rounding.flush(v, -100), run.key(a.site))
     run.anchor, run.zero_gradient = entry.anchor, entry.zero
     run.set_exponent(node.outputs[0], entry.e)
     run.count(0 if entry.zero else v.size, entry.saturated)
-    return (np.broadcast_to(entry.r, (*a.in_hw, v.size)),)
+    one_vector = v.size == a.shape[2]
+    return (np.broadcast_to(entry.r, a.shape) if one_vector else entry.r.reshape(a.shape),)
 
 
 def ref_mask_grad(run: Run, node: Node, ins: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -93,7 +93,7 @@ def _round(
         further = [(r[:1, :1], e) for r, e in further]
     rho = int(run.values[node.writes[0]][0]) if node.writes else 0
     given = None if mask is None else mask_of(mask, a.mask, a.clamp)
-    done = run.rounding.gradient(declared, sums, further, given, Site(run.key(a.stream), run.anchor, rho))
+    done = run.rounding.gradient(declared, sums, further, given, Site(run.key(a.site), run.anchor, rho))
     run.set_exponent(out, done.e)
     run.count(done.r.size, done.saturated)
     for name in node.writes:

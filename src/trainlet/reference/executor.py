@@ -16,12 +16,12 @@ from trainlet.errors import UsageError
 from trainlet.ir.graph import Graph, Kind, Node, Value
 from trainlet.reference.arithmetic import Tensor, key, word
 from trainlet.reference.backward import (
-    ref_avg_pool_dx,
     ref_conv2d_db,
     ref_conv2d_dw,
     ref_conv2d_dx,
     ref_conv2d_dx_round,
     ref_dense_dx,
+    ref_enter_grad,
     ref_mask_grad,
     ref_round_grad,
 )
@@ -56,7 +56,7 @@ REFERENCE: Final[Mapping[str, Op]] = {
     "softmax_xent": ref_softmax_xent,
     "dense_dx": ref_dense_dx,
     "dense_sgd": ref_dense_sgd,
-    "avg_pool_dx": ref_avg_pool_dx,
+    "enter_grad": ref_enter_grad,
     "mask_grad": ref_mask_grad,
     "round_grad": ref_round_grad,
     "conv2d_dx": ref_conv2d_dx,
@@ -69,7 +69,7 @@ REFERENCE: Final[Mapping[str, Op]] = {
     "conv2d_db_sgd": ref_conv2d_db_sgd,
 }
 
-HEAD_STREAM: Final = 0xFFFFFFFF
+HEAD_SITE: Final = 0xFFFFFFFF
 FIRST_RHO: Final = 4
 _BATCH_BYTES: Final = 32 << 20  # of the widest activation in int64, per batch of ``infer``
 
@@ -112,7 +112,7 @@ class StepResult:
 
 def random_head(seed: int, classes: int, channels: int) -> NDArray[np.float32]:
     """The head that a session starts from, (classes, channels)."""
-    words = word(key(seed, 0, HEAD_STREAM), np.arange(classes * channels))
+    words = word(key(seed, 0, HEAD_SITE), np.arange(classes * channels))
     unit = (words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1)
     return (unit * np.float32(1.0 / math.sqrt(channels))).reshape(classes, channels)
 
@@ -195,7 +195,7 @@ def execute(run: Run, nodes: tuple[Node, ...]) -> None:
         with np.errstate(all="ignore"):  # overflow to infinity is a result here, and is looked for
             outputs = REFERENCE[node.op](run, node, [run.values[n] for n in node.inputs])
         run.values.update(zip(node.outputs, outputs, strict=True))
-        if run.zero_gradient and node.op == "avg_pool_dx":
+        if run.zero_gradient and node.op == "enter_grad":
             silent.update(node.outputs)
 
 

@@ -34,9 +34,9 @@ class Run:
     rounded: int = 0
     zero_gradient: bool = False
 
-    def key(self, stream: int) -> int:
-        """The key of the rounding site ``stream`` in this step."""
-        return key(self.seed, self.step, stream & 0xFFFFFFFF)
+    def key(self, site: int) -> int:
+        """The key of the rounding ``site`` in this step."""
+        return key(self.seed, self.step, site & 0xFFFFFFFF)
 
     def is_real(self, name: str) -> bool:
         """Whether the graph holds this value in real numbers; there are no scales then."""

@@ -58,7 +58,7 @@ def _weight(run: Run, a: SgdWeight, node: Node, sums: tuple[Tensor, int], ins: S
     v = (rate[channels] if a.conv.depthwise else rate)[:, None, None, None]
     index = full_index(shape, channels, a.conv.depthwise)
     worst = 127 * 255 * a.pixels
-    step = run.rounding.delta(Sums(sums[0], v, worst, sums[1]), a.fraction_bits, run.key(a.stream), index)
+    step = run.rounding.delta(Sums(sums[0], v, worst, sums[1]), a.fraction_bits, run.key(a.site), index)
     w, *fraction = (_wide(run.values[name]) for name in node.writes)
     full = w * (1 << a.fraction_bits) + (fraction[0] if fraction else 0)
     new = full - step
@@ -75,7 +75,7 @@ def _bias(run: Run, a: SgdBias, node: Node, sums: tuple[Tensor, int], ins: Seque
     b = _wide(run.values[name])
     s = scales[0].astype(np.float64) if scales else np.ones(b.size)
     v = _rate(run, node, a.conv, lr, 1.0 / (s * a.x_scale))
-    step = run.rounding.delta(Sums(sums[0], v, 127 * a.pixels, sums[1]), 0, run.key(a.stream), np.arange(b.size))
+    step = run.rounding.delta(Sums(sums[0], v, 127 * a.pixels, sums[1]), 0, run.key(a.site), np.arange(b.size))
     new = b - step
     if scales:
         new = np.clip(new, -MAX_BIAS, MAX_BIAS)

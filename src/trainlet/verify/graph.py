@@ -25,10 +25,10 @@ NUMPY_DTYPE = {"b1": "u1", "s4": "i1", "s8": "i1", "s16": "i2", "u16": "u2", "s3
 DATA_RANGE = {"b1": (0, 1), "s4": (-8, 7)}
 
 MAKES_GRADIENT = frozenset(
-    {"avg_pool_dx", "mask_grad", "round_grad", "conv2d_dx", "conv2d_dw", "conv2d_db", "conv2d_dx_round"}
+    {"enter_grad", "mask_grad", "round_grad", "conv2d_dx", "conv2d_dw", "conv2d_db", "conv2d_dx_round"}
 )
-OWNS_EXPONENT = frozenset({"avg_pool_dx", "round_grad", "conv2d_dx_round"})
-REFUSES = frozenset({"check_lr", "softmax_xent", "avg_pool_dx"})
+OWNS_EXPONENT = frozenset({"enter_grad", "round_grad", "conv2d_dx_round"})
+REFUSES = frozenset({"check_lr", "softmax_xent", "enter_grad"})
 """Operators that may end a step with a status; by then nothing may have changed."""
 
 
@@ -327,24 +327,30 @@ def _check_exponents(graph: Graph) -> None:
         check(other is node, node, f"a rounding has its own exponent slot; {other.name!r} has {slot} too")
 
 
-def _check_streams(graph: Graph) -> None:
+def _check_sites(graph: Graph) -> None:
     seen: dict[int, Node] = {}
     if not any(v.dtype == "s8" for v in graph.values.values()):
         return  # reals are not rounded
     for node in graph.nodes:
-        for stream in _streams(node.attrs):
-            check(0 <= stream < 2**32 - 1, node, f"a stream is a 32-bit number below 0xffffffff, not {stream}")
-            other = seen.setdefault(stream, node)
-            check(other is node, node, f"a rounding has its own stream; {other.name!r} has {stream} too")
+        for site in _sites(node.attrs):
+            check(0 <= site < 2**32 - 1, node, f"a site is a 32-bit number below 0xffffffff, not {site}")
+            other = seen.setdefault(site, node)
+            check(other is node, node, f"a rounding has its own site; {other.name!r} has {site} too")
 
 
-def _streams(attrs: Attrs) -> Iterable[int]:
+def _check_entry(graph: Graph) -> None:
+    """All exponents of a step are relative to one anchor, which the entry of the gradient sets."""
+    for node in graph.find("enter_grad")[1:]:
+        check(False, node, "is the one place where gradients enter; a second one would need an anchor of its own")
+
+
+def _sites(attrs: Attrs) -> Iterable[int]:
     for f in fields(attrs):
         inner = getattr(attrs, f.name)
-        if f.name == "stream":
+        if f.name == "site":
             yield inner
         elif isinstance(inner, Attrs):
-            yield from _streams(inner)
+            yield from _sites(inner)
 
 
 _CHECKS: tuple[Callable[[Graph], None], ...] = (
@@ -363,5 +369,6 @@ _CHECKS: tuple[Callable[[Graph], None], ...] = (
     _check_select,
     _check_masks,
     _check_exponents,
-    _check_streams,
+    _check_sites,
+    _check_entry,
 )

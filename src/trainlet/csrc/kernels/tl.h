@@ -113,15 +113,15 @@ void tl_dense_dx_f32(const float *g, const float *w, int32_t classes, int32_t fe
 /* SGD of the head; l[k] = lr g[k], 0 below 2^-100. */
 void tl_dense_sgd_f32(const float *g, const int8_t *x, int32_t zero, float scale, float lr, int32_t classes,
                       int32_t features, float *w, float *b);
-/* Random head: w[k][c] from word(k * features + c), stream 0xffffffff, step 0; inv_sqrt = (fp32)(1/sqrt(features)). */
+/* Random head: w[k][c] from word(k * features + c), site 0xffffffff, step 0; inv_sqrt = (fp32)(1/sqrt(features)). */
 void tl_dense_init_f32(uint32_t seed, int32_t classes, int32_t features, float inv_sqrt, float *w, float *b);
 
 /* ---- gradients, section 4 ---- */
 
 /* Run-time facts of one training step. */
 typedef struct {
-    uint32_t key;       /* mix(seed + 0x9e3779b9 * step); a site's key is mix(key + stream) */
-    int32_t anchor;     /* A, set by tl_avg_pool_dx_s8 */
+    uint32_t key;       /* mix(seed + 0x9e3779b9 * step); a site's key is mix(key + site) */
+    int32_t anchor;     /* A, set by tl_enter_grad_s8 */
     uint32_t saturated; /* elements of rounded gradients that met the clamp, summed over the step */
     uint32_t rounded;   /* elements rounded */
 } tl_step;
@@ -132,17 +132,16 @@ typedef struct {
     int32_t e;
 } tl_grad;
 
-/* Entry into integers. gf[features] is read and overwritten by v; inv_pixels = (fp32)(1/(H W)). Writes r[features], *e = A - 7
- * and step->anchor. TL_NOT_FINITE or TL_ZERO_GRADIENT (then nothing else is written). */
-tl_status tl_avg_pool_dx_s8(tl_step *step, uint32_t stream, float *gf, int32_t features, float inv_pixels, int8_t *r,
-                            int16_t *e);
+/* Entry into integers. v[n] is read and overwritten by v * factor; factor is fp32, such as 1/(H W) of a global pool. Writes
+ * r[n], *e = A - 7 and step->anchor. TL_NOT_FINITE or TL_ZERO_GRADIENT (then nothing else is written). */
+tl_status tl_enter_grad_s8(tl_step *step, uint32_t site, float *v, int32_t n, float factor, int8_t *r, int16_t *e);
 /* out = r where the mask is 1, else 0; H x W x C. out may be r, if that is plain. */
 void tl_mask_grad_s8(tl_view r, tl_mask mask, int32_t height, int32_t width, int32_t channels, int8_t *out);
 
-/* The rounding site of a gradient tensor: stream, its state rho, where e_x = A + rho - 6 is written, further gradients
+/* The rounding site of a gradient tensor: its number, its state rho, where e_x = A + rho - 6 is written, further gradients
  * (n of them, in the order of the consumers), mask. */
 typedef struct {
-    uint32_t stream;
+    uint32_t number;
     int8_t *rho;
     int16_t *e;
     const tl_grad *further;
@@ -174,7 +173,7 @@ void tl_round_grad_s8(tl_step *step, const tl_site *site, int32_t height, int32_
 /* ---- updates, section 4 ---- */
 
 /* b[o] -= ... ; rate[o] = kb[o], 0 for a dead channel; pre is p for the bound 127 * pixels. Scratch 4 * C bytes. */
-void tl_bias_sgd_s8(const tl_step *step, uint32_t stream, tl_grad g, int32_t height, int32_t width, int32_t channels,
+void tl_bias_sgd_s8(const tl_step *step, uint32_t site, tl_grad g, int32_t height, int32_t width, int32_t channels,
                     const float *rate, float lr, int32_t pre, int32_t *bias, void *scratch);
 
 /* Weight update of the kept channels. c is the layer's geometry, x the kept channels of its input (groups * kept, depthwise
@@ -182,7 +181,7 @@ void tl_bias_sgd_s8(const tl_step *step, uint32_t stream, tl_grad g, int32_t hei
  * channel. w [O][kh][kw][kept] (depthwise [kept][kh][kw]); fraction: NULL (L = 0), packed nibbles, low first (L = 4), or
  * int8 (L = 8), in the order of w. Random words use the index in the full layout. Scratch: tl_*_dw_scratch. */
 typedef struct {
-    uint32_t stream;
+    uint32_t site;
     const uint16_t *channels;
     int32_t kept, bits, pre; /* bits is L */
     const float *rate;
@@ -209,7 +208,7 @@ void tl_weight_sgd_s32(const tl_step *step, const tl_conv *c, const tl_dw *d, co
                        int8_t *w, uint8_t *fraction);
 /* db[channels] = sum of r; and the update of a bias by it. */
 void tl_bias_grad_s32(tl_view r, int32_t height, int32_t width, int32_t channels, int32_t *db);
-void tl_bias_sgd_s32(const tl_step *step, uint32_t stream, const int32_t *db, int32_t e, int32_t channels,
+void tl_bias_sgd_s32(const tl_step *step, uint32_t site, const int32_t *db, int32_t e, int32_t channels,
                      const float *rate, float lr, int32_t pre, int32_t *bias);
 
 /* ---- scratch sizes in bytes, a multiple of 4; also called from the compiler through the host library ---- */
