@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainlet.attrs import Conv2d
 from trainlet.autodiff.scheme import UpdateScheme
 from trainlet.frontends import features, trunk
 from trainlet.ir.graph import Graph
+from trainlet.ops import Conv2d
 
 
 class FloatModel(nn.Module):

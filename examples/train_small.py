@@ -27,7 +27,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from trainlet.attrs import Add, Attrs, AvgPool, Conv2d
+from trainlet.ops import Add, AvgPool, Conv2d
+from trainlet.ir import Attrs
 from trainlet.frontends import graph_file as irfile
 from trainlet.frontends.quantize import fold_batch_norm, quantize
 from trainlet.ir.graph import Graph, GraphBuilder, Kind, Node, Stage, Value

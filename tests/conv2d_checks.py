@@ -46,7 +46,7 @@ from kernel_model import (
     word,
 )  # fmt: skip
 
-from trainlet import scratch as sizes
+from trainlet.ops import scratch as sizes
 
 Rest = list[tuple[np.ndarray, int]]  # further gradients (H, W, C) or (C,), and their exponents
 

@@ -44,7 +44,7 @@ from kernel_model import (
     word,
 )  # fmt: skip
 
-from trainlet import scratch as sizes
+from trainlet.ops import scratch as sizes
 
 
 def same(got: np.ndarray, want: np.ndarray, what: str) -> None:

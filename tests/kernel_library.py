@@ -96,7 +96,7 @@ class Grad(Structure):
 
 class Site(Structure):
     _fields_: ClassVar = [
-        ("stream", c_uint32), ("rho", c_void_p), ("e", c_void_p), ("further", POINTER(Grad)), ("n_further", c_int32),
+        ("number", c_uint32), ("rho", c_void_p), ("e", c_void_p), ("further", POINTER(Grad)), ("n_further", c_int32),
         ("mask", Mask),
     ]  # fmt: skip
 
@@ -107,7 +107,7 @@ class DxScale(Structure):
 
 class Dw(Structure):
     _fields_: ClassVar = [
-        ("stream", c_uint32), ("channels", c_void_p), ("kept", c_int32), ("bits", c_int32), ("pre", c_int32),
+        ("site", c_uint32), ("channels", c_void_p), ("kept", c_int32), ("bits", c_int32), ("pre", c_int32),
         ("rate", c_void_p),
     ]  # fmt: skip
 

@@ -11,11 +11,11 @@ from functools import partial
 import numpy as np
 from hypothesis import strategies as st
 
-from trainlet.attrs import Add, Attrs, AvgPool, Conv2d
 from trainlet.autodiff.scheme import UpdateScheme
-from trainlet.frontends import attach_head, canonicalize_dead
-from trainlet.ir.graph import Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
-from trainlet.ops import conv_out_hw, is_depthwise
+from trainlet.frontends import attach_head
+from trainlet.ir import Attrs, Graph, GraphBuilder, Kind, Node, Operands, QParams, Stage, Value
+from trainlet.ops import Add, AvgPool, Conv2d, conv_out_hw, is_depthwise
+from trainlet.ops.quantization import canonicalize_dead
 
 PLAIN = ("-O1",)
 NATIVE = ("-O1", "-march=native")
@@ -114,11 +114,11 @@ class Net:
             bias[self.rng.integers(out_c)] = (1 << 30) - int(self.rng.integers(0, 2))
             bias[self.rng.integers(out_c)] = -(1 << 30)
         weight, bias, scales, gone = canonicalize_dead(weight, bias, scale.astype(np.float32))
-        ins = (
-            x,
-            self.g.const(f"{name}.weight", weight, "s8"),
-            self.g.const(f"{name}.bias", bias, "s32"),
-            self.g.const(f"{name}.scale", scales, "f32"),
+        ins = Operands(
+            x=x,
+            weight=self.g.const(f"{name}.weight", weight, "s8"),
+            bias=self.g.const(f"{name}.bias", bias, "s32"),
+            scale=self.g.const(f"{name}.scale", scales, "f32"),
         )
         attrs = Conv2d(kernel, stride, pads, dilation, groups, self._clamp(activation, tight), activation,
                        is_depthwise(groups, c, out_c), gone)  # fmt: skip
@@ -140,7 +140,7 @@ class Net:
         name = self._name("add")
         y = Value(f"{name}.y", self.shape(a), "s8", q=self._q(activation))
         attrs = Add(self._clamp(activation, tight), activation)
-        return self.g.emit(Node("add", name, name, (a, b), (y.name,), attrs), y)
+        return self.g.emit(Node("add", name, name, Operands(a=a, b=b), (y.name,), attrs), y)
 
     def pool(self, x: str, kernel: tuple[int, int], stride: tuple[int, int] = (1, 1), pads: Pads = NO_PADS) -> str:
         """An average pool."""
@@ -148,7 +148,7 @@ class Net:
         name = self._name("pool")
         hw = conv_out_hw(Conv2d(kernel, stride, pads), h, w)
         y = Value(f"{name}.y", (*hw, c), "s8", q=self.g.values[x].q)
-        return self.g.emit(Node("avg_pool", name, name, (x,), (y.name,), AvgPool(kernel, stride, pads)), y)
+        return self.g.emit(Node("avg_pool", name, name, Operands(x=x), (y.name,), AvgPool(kernel, stride, pads)), y)
 
     def finish(self, x: str, classes: int) -> Graph:
         """Global pool and head."""
@@ -161,7 +161,7 @@ def flattened(net: Net, x: str, classes: int) -> Graph:
     """A head that reads the map ``x`` itself; no pool."""
     weight = net.g.add(Value("head.weight", (classes, net.g.values[x].size), "f32", Kind.STATE))
     bias = net.g.add(Value("head.bias", (classes,), "f32", Kind.STATE), np.zeros(classes, np.float32))
-    head = Node("dense", "head", "head", (x, weight, bias), ("logits",), Attrs())
+    head = Node("dense", "head", "head", Operands(x=x, weight=weight, bias=bias), ("logits",), Attrs())
     return net.g.build(Stage.INT8, [net.g.emit(head, Value("logits", (classes,), "f32"))])
 
 
@@ -385,7 +385,7 @@ def named_case(name: str, bits: int = 8, lrs: tuple[float, ...] = (0.02, 0.5, 30
     for i, layer in enumerate(net.layers):
         conv = next(n for n in model.nodes if n.layer == layer)
         assert isinstance(conv.attrs, Conv2d)
-        channels = model.values[conv.inputs[1]].shape[0 if conv.attrs.depthwise else 3]
+        channels = model.values[conv["weight"]].shape[0 if conv.attrs.depthwise else 3]
         weights[layer] = 0.5 if i % 2 == (bits != 12) and channels > 1 else 1.0
     scheme = UpdateScheme(name, tuple(net.layers), weights, bits)
     return Case(model, scheme, lrs=tuple(float(np.float32(v)) for v in lrs))

@@ -19,11 +19,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trainlet.attrs import Add, AvgPool, Conv2d
 from trainlet.errors import TrainletError, UnsupportedError, UsageError
 from trainlet.frontends import attach_head, canonicalize_dead, check_sums, load, load_checkpoint
 from trainlet.ir.graph import Graph, Kind, QParams
-from trainlet.ops import OPS
+from trainlet.ops import OPS, Add, AvgPool, Conv2d
 from trainlet.verify import verify_graph
 
 ASSETS = os.environ.get("TRAINLET_ASSETS")
@@ -138,8 +137,8 @@ def test_published(name: str) -> None:
     n, weights, biases, trunk_macs, all_macs, additions, dead = FACTS[name]
     convs = [c for c in graph.find("conv2d") if c.layer != "classifier"]
     assert [c.name for c in convs] == [f"conv.{i}" for i in range(n)]
-    assert sum(graph.values[c.inputs[1]].size for c in convs) == weights
-    assert sum(graph.values[c.inputs[2]].size for c in convs) == biases
+    assert sum(graph.values[c["weight"]].size for c in convs) == weights
+    assert sum(graph.values[c["bias"]].size for c in convs) == biases
     assert sum(macs(graph)) == all_macs
     assert sum(macs(attach_head(graph, 1))[:-1]) == trunk_macs
     assert [a.layer for a in graph.find("add")] == [f"blocks.{b}.add" for b in additions]

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from graphs import ChainBuilder, float_chain, int8_chain
 
-from trainlet.attrs import Attrs, Conv2d
 from trainlet.autodiff.scheme import UpdateScheme
 from trainlet.compiler import compile_inference, compile_model
 from trainlet.frontends import graph_file
-from trainlet.ir import Graph, Kind, Node, QParams, Stage, Value
+from trainlet.ir import Attrs, Graph, Kind, Node, Operands, QParams, Stage, Value
+from trainlet.ops import Conv2d
 from trainlet.verify import VerifyError, verify_graph
 
 HEAD = UpdateScheme("head")
@@ -37,7 +37,7 @@ def _dense(c: ChainBuilder, name: str, x: str, classes: int) -> str:
     w = c.g.const(f"{name}.weight", np.ones((classes, c.g.values[x].size), np.float32), "f32")
     b = c.g.const(f"{name}.bias", np.zeros(classes, np.float32), "f32")
     y = Value(f"{name}.y", (classes,), "f32")
-    return c.g.emit(Node("dense", name, name, (x, w, b), (y.name,), Attrs()), y)
+    return c.g.emit(Node("dense", name, name, Operands(x=x, weight=w, bias=b), (y.name,), Attrs()), y)
 
 
 def _two_heads() -> Graph:
@@ -88,7 +88,7 @@ REFUSED: dict[str, tuple[Callable[[], Graph], str]] = {
     "no head": (_no_head, r"attach a head"),
     "more outputs": (_more_outputs, r"and nothing else"),
     "a vector": (_a_vector, r"value 'input': the C takes an int8 image \(H, W, C\), not s8 \(12,\)"),
-    "reals": (float_chain, r"quantize the model first"),
+    "reals": (float_chain, r"quantize a float model"),
 }
 
 

@@ -20,21 +20,20 @@ from hypothesis import HealthCheck, given, settings
 from random_nets import NAMED, NATIVE, PLAIN, Case, cases, named_case
 from test_nets import BITS, LR, NETS, image
 
-from trainlet.attrs import FusedDw, FusedDx, RoundGrad, SgdWeight
 from trainlet.autodiff import scheme
 from trainlet.compiler import Compiled, Passes, compile_model
 from trainlet.emit import emit
 from trainlet.errors import MismatchError, TrainletError, UsageError
 from trainlet.frontends import attach_head, load_checkpoint
 from trainlet.ir.graph import Array, Node
-from trainlet.ops import OPS
+from trainlet.ops import OPS, FusedDw, FusedDx, RoundGrad, SgdWeight
 from trainlet.reference import TrainState, infer, initial_state, train_step
 from trainlet.session.host import HostSession
 from trainlet.toolchain import host as build
 from trainlet.verify import VerifyError, verify_plan
 
 STEPS = 20
-NO_PASSES = Passes(inplace=False, stream=False)
+NO_PASSES = Passes(inplace=False, depth_first=False)
 GUARD = 64  # bytes around arena and state that nothing may touch
 
 
@@ -54,10 +53,10 @@ def expected_state(compiled: Compiled, state: TrainState) -> dict[str, Array]:
         assert isinstance(sgd, SgdWeight)
         bits = sgd.fraction_bits
         parts = [a[w].astype(np.int32) for w in n.writes]
-        found[n.writes[0].replace(".trained", ".weight")] = (parts[0] << bits) + (parts[1] if bits else 0)
-        found[n.inputs[-1]] = graph.data[n.inputs[-1]]
+        found[n.stores["weight"][0].replace(".trained", ".weight")] = (parts[0] << bits) + (parts[1] if bits else 0)
+        found[n["channels"]] = graph.data[n["channels"]]
         rest -= set(n.writes)
-    sites = {_site(n): n.writes[0] for n in graph.nodes if isinstance(n.attrs, FusedDx | RoundGrad)}
+    sites = {_site(n): n.stores["rho"][0] for n in graph.nodes if isinstance(n.attrs, FusedDx | RoundGrad)}
     found["rho"] = np.array([a[sites[s]][0] for s in sorted(sites)], np.int8)
     return found | {name: a[name] for name in rest - set(sites.values())}
 
@@ -115,9 +114,9 @@ def _begin(case: Case, reference: TrainState, guarded: Guarded) -> None:
     graph = session.compiled.graph
     sites = sorted((n for n in graph.nodes if isinstance(n.attrs, FusedDx | RoundGrad)), key=_site)
     for n in sites:
-        reference.arrays[n.writes[0]] = np.array([next(rhos)], np.int8)
+        reference.arrays[n.stores["rho"][0]] = np.array([next(rhos)], np.int8)
     reference.arrays["head.bias"] = np.resize(np.array(case.head_bias, np.float32), case.classes)
-    start["rho"] = np.array([reference.arrays[n.writes[0]][0] for n in sites], np.int8)
+    start["rho"] = np.array([reference.arrays[n.stores["rho"][0]][0] for n in sites], np.int8)
     start["head.bias"] = reference.arrays["head.bias"]
     session.load_state(start)
 
@@ -283,16 +282,16 @@ def _check_rho(session: HostSession, compiled: Compiled, places: dict[int, int],
 
 def _check_layers(compiled: Compiled, state: dict[str, Array], want: dict[str, Array]) -> None:
     convs = compiled.train.find("conv2d")
-    trained = {i for i, n in enumerate(convs) if len(n.inputs) == 6}
-    biased = {i for i, n in enumerate(convs) if n.inputs[2] in state}
+    trained = {i for i, n in enumerate(convs) if "trained" in n.operands}
+    biased = {i for i, n in enumerate(convs) if n["bias"] in state}
     assert trained == {int(k[1:]) for k in want if k[0] == "w"}
     assert biased == {int(k[1:]) for k in want if k[0] == "b"}
     for i in biased:
-        assert np.array_equal(state[convs[i].inputs[2]], want[f"b{i}"]), f"bias of convolution {i}"
+        assert np.array_equal(state[convs[i]["bias"]], want[f"b{i}"]), f"bias of convolution {i}"
     for i in trained:
         n = convs[i]
         chosen = want[f"sel{i}"].astype(np.int64)
-        assert np.array_equal(state[n.inputs[-1]], chosen)
+        assert np.array_equal(state[n["channels"]], chosen)
         full = want[f"w{i}"][chosen] if n.attrs.depthwise else want[f"w{i}"][..., chosen]
         assert np.array_equal(state[f"{n.name}.weight"], full), f"weights of convolution {i}"
 
@@ -408,7 +407,7 @@ def test_exact_published_net_under_sanitizers(
 def test_a_wrong_access_is_caught(sanitized_kernels: tuple[Path, list[Path]], tmp_path: Path) -> None:
     """An arena stated four bytes smaller than it is; at its end lies a gradient that is written whole."""
     case = named_case("dead_channels")
-    compiled = compile_model(case.model, case.scheme, NO_PASSES)
+    compiled = compile_model(case.model, case.scheme, passes=NO_PASSES)
     plan, values = compiled.plan, compiled.graph.values
     ends = {n: at + values[n].nbytes for n, at in plan.offsets.items() if values[n].exponent is not None}
     assert plan.arena_bytes in ends.values()
@@ -450,10 +449,11 @@ def test_exact_comparison_catches(fault: str, monkeypatch: pytest.MonkeyPatch) -
 def test_exact_comparison_catches_an_overlap() -> None:
     """Two tensors that live at once share bytes: the plan's check says so, and so does the C."""
     case = named_case("add_with_activation")
-    sound = compile_model(case.model, case.scheme, NO_PASSES)
+    sound = compile_model(case.model, case.scheme, passes=NO_PASSES)
     first, second = (n.outputs[0] for n in sound.graph.find("conv2d"))
     offsets = {**sound.plan.offsets, first: sound.plan.offsets[second]}
-    plan = replace(sound.plan, offsets=offsets)
+    places = {v: replace(p, offset=offsets[v]) for v, p in sound.plan.places.items()}
+    plan = replace(sound.plan, places=places)
     with pytest.raises(VerifyError, match="share"):
         verify_plan(sound.graph, plan)
     faulty = replace(sound, plan=plan, sources=emit(sound.graph, plan, sound.layout, sound.model_hash))

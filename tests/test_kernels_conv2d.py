@@ -39,9 +39,7 @@ from kernel_library import (
 )  # fmt: skip
 from kernel_model import mix, store_weight
 
-from trainlet import numerics
-from trainlet.attrs import Conv2d
-from trainlet.ops import conv_out_hw
+from trainlet.ops import Conv2d, conv_out_hw, numerics
 
 RANDOM = 300
 

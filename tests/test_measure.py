@@ -153,7 +153,14 @@ def test_inference_alone_holds_nothing_of_training(found: Measurement) -> None:
         assert infer.facts()[key] < train.facts()[key]
     assert found.train_infers < train.work.instructions
     assert infer.work.instructions < 1.2 * found.train_infers  # with less to keep, more of it may be streamed
-    assert {n.rpartition(": ")[2] for n in infer.work.nodes} <= {"", "conv2d", "add", "avg_pool", "dense", "stream"}
+    assert {n.rpartition(": ")[2] for n in infer.work.nodes} <= {
+        "",
+        "conv2d",
+        "add",
+        "avg_pool",
+        "dense",
+        "depth_first",
+    }
 
 
 def test_instructions_of_nodes_and_functions_add_up(found: Measurement) -> None:

@@ -12,7 +12,7 @@ from conv_cases import COUNT, ConvCase, conv_graph, load_case
 
 from trainlet.frontends import canonicalize_dead
 from trainlet.reference import arithmetic, executor, initial_state, rounding
-from trainlet.reference.backward import factor_levels
+from trainlet.reference.conv2d import factor_levels
 from trainlet.reference.run import Run
 from trainlet.verify import verify_graph
 

@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainlet.attrs import Add, AvgPool, Conv2d
 from trainlet.autodiff.scheme import (
     UpdateScheme,
     check_scheme,
@@ -30,7 +29,8 @@ from trainlet.autodiff.scheme import (
 )
 from trainlet.errors import UsageError
 from trainlet.frontends import attach_head, load_checkpoint
-from trainlet.ir.graph import Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
+from trainlet.ir import Graph, GraphBuilder, Kind, Node, Operands, QParams, Stage, Value
+from trainlet.ops import Add, AvgPool, Conv2d
 
 ASSETS = os.environ.get("TRAINLET_ASSETS")
 needs_assets = pytest.mark.skipif(not ASSETS, reason="TRAINLET_ASSETS is not set")
@@ -77,16 +77,18 @@ def small() -> Graph:
         ("c", Conv2d((1, 1), groups=2, clamp=(-128, 127))),
     ):
         w = rng.integers(-127, 128, (8, *conv.kernel, 8 // conv.groups)).astype(np.int8)
-        inputs = (
-            value,
-            g.const(f"{layer}.weight", w, "s8"),
-            g.const(f"{layer}.bias", np.zeros(8, np.int32), "s32"),
-            g.const(f"{layer}.scale", np.ones(8, np.float32), "f32"),
+        inputs = Operands(
+            x=value,
+            weight=g.const(f"{layer}.weight", w, "s8"),
+            bias=g.const(f"{layer}.bias", np.zeros(8, np.int32), "s32"),
+            scale=g.const(f"{layer}.scale", np.ones(8, np.float32), "f32"),
         )
         node = Node("conv2d", f"conv.{'abc'.index(layer)}", layer, inputs, (f"{layer}.y",), conv)
         value = g.emit(node, Value(f"{layer}.y", (4, 4, 8), "s8", q=q))
-    value = g.emit(Node("add", "sum", "sum", (x, value), ("s",), Add((-128, 127))), Value("s", (4, 4, 8), "s8", q=q))
-    pool = Node("avg_pool", "pool", "pool", (value,), ("p",), AvgPool((4, 4)))
+    value = g.emit(
+        Node("add", "sum", "sum", Operands(a=x, b=value), ("s",), Add((-128, 127))), Value("s", (4, 4, 8), "s8", q=q)
+    )
+    pool = Node("avg_pool", "pool", "pool", Operands(x=value), ("p",), AvgPool((4, 4)))
     return attach_head(g.build(Stage.INT8, (g.emit(pool, Value("p", (1, 1, 8), "s8", q=q)),)), 2)
 
 
@@ -160,7 +162,7 @@ def test_channels_of_vectors(file: str, scheme: str) -> None:
         node = layers[layer]
         conv = node.attrs
         assert isinstance(conv, Conv2d)
-        got = selected_channels(graph.data[node.inputs[1]], ratio, conv.depthwise, layer)  # type: ignore[arg-type]
+        got = selected_channels(graph.data[node["weight"]], ratio, 0 if conv.depthwise else 3, layer)  # type: ignore[arg-type]
         np.testing.assert_array_equal(got, want[f"sel{index[layer]}"])
 
 

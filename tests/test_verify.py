@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from graphs import float_chain, int8_chain, train_tail
 
-from trainlet.attrs import Add, Attrs, SelectChannels
 from trainlet.errors import UnsupportedError
-from trainlet.ir.graph import Array, Graph, Kind, QParams, Stage
+from trainlet.ir import Array, Attrs, Graph, Kind, Operands, QParams, Stage
+from trainlet.ops import Add, SelectChannels
 from trainlet.verify import VerifyError, verify_graph, verify_plan
 
 # --- graphs -------------------------------------------------------------------------------------------------
@@ -25,9 +25,25 @@ def test_valid_graphs_pass(make: Callable[[], Graph]) -> None:
 
 
 def _node(graph: Graph, name: str, /, **change: Any) -> Graph:
-    """``graph`` with fields of one node replaced."""
-    assert any(n.name == name for n in graph.nodes)
+    """``graph`` with fields of one node replaced; ``inputs`` and ``writes`` by position, behind the operands it has."""
+    node = graph.node(name)
+    for field, given in (("operands", "inputs"), ("stores", "writes")):
+        if given in change:
+            names = dict(zip(getattr(node, field), change.pop(given), strict=False))
+            change[field] = Operands(**names)
     return replace(graph, nodes=tuple(replace(n, **change) if n.name == name else n for n in graph.nodes))
+
+
+def _operands(graph: Graph, name: str, /, **operands: str | tuple[str, ...]) -> Graph:
+    return _node(graph, name, operands=Operands(**operands))
+
+
+def _twice_entered() -> Graph:
+    entry = TR.node("pool.enter")
+    again = replace(entry, name="again", outputs=("r.again",), attrs=replace(entry.attrs, site=999))  # type: ignore[type-var]
+    at = TR.nodes.index(entry) + 1
+    values = {**TR.values, "r.again": replace(TR.values["r"], name="r.again", exponent=7)}
+    return replace(TR, nodes=(*TR.nodes[:at], again, *TR.nodes[at:]), values=values)
 
 
 def _attrs(graph: Graph, name: str, **change: Any) -> Graph:
@@ -106,7 +122,7 @@ FAULTS: dict[str, tuple[Graph, str, str]] = {
         "'gf' is made by an earlier node",
     ),
     "reader after the writer": (
-        _node(TR, "conv.0.db", inputs=("r", "head.bias")),
+        _operands(TR, "conv.0.db", g="head.bias"),
         "'conv.0.db'",
         "reads 'head.bias' before it is written, but 'head.sgd' has",
     ),
@@ -119,7 +135,15 @@ FAULTS: dict[str, tuple[Graph, str, str]] = {
     "dimension of 0": (_value(I8, "logits", shape=(0,)), "'logits'", "at least 1"),
     "too many rows": (_value(I8, "input", shape=(65536, 1, 1)), "'input'", "at most 65535"),
     "rule of the operator": (_attrs(I8, "conv.0", stride=(0, 1)), "'conv.0'", "at least 1"),
-    "no inputs": (_node(I8, "conv.0", inputs=()), "'conv.0'", "number and rank of its inputs"),
+    "no inputs": (_node(I8, "conv.0", inputs=()), "'conv.0'", "its operand 'x' is missing"),
+    "operand of another operator": (_operands(I8, "pool", a="add.0.y"), "'pool'", "no operand 'a'; its operands are x"),
+    "two values where one stands": (_operands(I8, "pool", x=("add.0.y", "input")), "'pool'", "is one value, not 2"),
+    "operands in another order": (_operands(I8, "add.0", b="conv.2.y", a="conv.0.y"), "'add.0'", "in the order a, b"),
+    "state of another operator": (
+        _node(TR, "conv.0.sgd", stores=Operands(rho="conv.0.trained")),
+        "'conv.0.sgd'",
+        "has no state 'rho'",
+    ),
     "input of another rank": (_node(I8, "conv.0", inputs=("input", *["head.bias"] * 3)), "'conv.0'", "weight is"),
     "too few outputs": (_outputs(TR, "logits", loss="g"), "'loss'", "has 2 outputs, not 1"),
     "too many outputs": (_outputs(I8, "pool.y", pool="pool.y logits", head=""), "'pool'", "has 1 outputs, not 2"),
@@ -167,6 +191,7 @@ FAULTS: dict[str, tuple[Graph, str, str]] = {
     "site used twice": (_attrs(TR, "conv.0.sgd_bias", site=32), "'conv.0.sgd_bias'", "'conv.0.sgd' has 32 too"),
     "site of the head": (_attrs(TR, "conv.0.sgd_bias", site=2**32 - 1), "'conv.0.sgd_bias'", "32-bit number"),
     "groups that do not divide": (_node(TR, "keep", attrs=SelectChannels(3)), "'keep'", "(2, 2, 6)"),
+    "two entries": (_twice_entered(), "'again'", "the one place where gradients enter"),
 }  # fmt: skip
 
 
@@ -209,7 +234,7 @@ def _wide_convolution(c: int) -> Graph:
         )
     node = graph.node("conv.0")
     graph = replace(graph, outputs=("conv.0.y",), inputs=("input",), stage=Stage.INT8)
-    return graph.with_nodes([replace(node, inputs=node.inputs[:4])])
+    return graph.with_nodes([node.reading(trained=None, channels=None)])
 
 
 # --- plans --------------------------------------------------------------------------------------------------

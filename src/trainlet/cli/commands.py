@@ -344,7 +344,7 @@ def _check_device(on: str) -> None:
 
 
 def _shape(graph: Any) -> tuple[int, int, int]:
-    h, w, c = graph.values[graph.inputs[0]].shape
+    h, w, c = graph.image.shape
     return h, w, c
 
 

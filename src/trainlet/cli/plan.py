@@ -137,7 +137,7 @@ def _measure(p: Prepared, classes: int, chip: Target, profile: bool) -> tuple[di
     from trainlet.frontends import attach_head
     from trainlet.measure.program import estimate_cycles, measure
 
-    found = measure(p.compiled, compile_inference(attach_head(p.model, classes), find_passes(p.input)), chip)
+    found = measure(p.compiled, compile_inference(attach_head(p.model, classes), passes=find_passes(p.input)), chip)
     estimates = [estimate_cycles(program) for program in (found.train, found.infer)]
     (step, note), (inference, _) = estimates
     facts = {

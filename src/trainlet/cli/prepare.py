@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainlet import frontends
-from trainlet.attrs import Conv2d
 from trainlet.autodiff.scheme import UpdateScheme, extra_memory_bytes, resolve
 from trainlet.compiler import Passes, compile_model
 from trainlet.emit import Compiled
@@ -35,7 +35,7 @@ class Prepared:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(H, W, C) of the image."""
-        h, w, c = self.model.values[self.model.inputs[0]].shape
+        h, w, c = self.model.image.shape
         return h, w, c
 
     def facts(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def find_passes(image: str) -> Passes:
 def prepare(model: Graph, scheme: UpdateScheme, classes: int, image: str = "rows") -> Prepared:
     """Attaches the head and compiles; ``image`` is ``--input``."""
     graph = frontends.attach_head(model, classes)
-    compiled = compile_model(graph, scheme, find_passes(image))
+    compiled = compile_model(graph, scheme, passes=find_passes(image))
     return Prepared(model, scheme, compiled, extra_memory_bytes(graph, scheme), image)
 
 
@@ -143,21 +143,22 @@ def write_picture(path: Path, svg: str) -> None:
 
 def summary(graph: Graph) -> dict[str, Any]:
     """Counts of a model: layers, weights, multiply-accumulates, dead channels."""
-    from trainlet.ops import OPS
+    from trainlet.ops import OPS, Add, Conv2d
 
     values = graph.values
-    convs = graph.find("conv2d")
-    attrs = [n.attrs for n in convs if isinstance(n.attrs, Conv2d)]
-    macs = sum(OPS[n.op].macs(n, [values[i] for i in n.inputs], [values[o] for o in n.outputs]) for n in graph.nodes)
+    attrs = [n.attrs for n in graph.nodes if isinstance(n.attrs, Conv2d)]
+    macs = sum(OPS[n.op].macs(n, n.bind(values)) for n in graph.nodes)
+    operators = Counter(n.op for n in graph.nodes)
     shape = values[graph.inputs[0]].shape
     return {
         "model": graph.name,
         "input": list(shape),
         "nodes": len(graph.nodes),
-        "convolutions": len(convs),
+        "convolutions": len(attrs),
         "depthwise": sum(a.depthwise for a in attrs),
-        "additions": len(graph.find("add")),
-        "weights": sum(values[n.inputs[1]].size for n in (*convs, *graph.find("dense"))),
+        "additions": sum(isinstance(n.attrs, Add) for n in graph.nodes),
+        "operators": dict(sorted(operators.items())),
+        "weights": sum(values[n["weight"]].size for n in graph.nodes if "weight" in n.operands),
         "macs": macs,
         "dead_channels": sum(len(a.dead) for a in attrs),
         "outputs": values[graph.outputs[0]].size,

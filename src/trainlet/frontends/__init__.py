@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Final
 
 from trainlet.errors import UnsupportedError, UsageError
-from trainlet.frontends.common import attach_head, canonicalize_dead, check_sums, features, trunk
+from trainlet.frontends.common import attach_head, features, trunk
 from trainlet.frontends.published.checkpoint import load_checkpoint
 from trainlet.frontends.size import at_size
-from trainlet.ir.graph import Graph
+from trainlet.ir import Graph
+from trainlet.ops.quantization import canonicalize_dead, check_sums
 
 __all__ = [
     "at_size",

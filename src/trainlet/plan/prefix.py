@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from trainlet.ir.graph import Graph, Kind
+from trainlet.ir import Graph, Kind
 
 
 def prefix_length(graph: Graph) -> int:

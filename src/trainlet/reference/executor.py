@@ -13,61 +13,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainlet.errors import UsageError
-from trainlet.ir.graph import Graph, Kind, Node, Value
+from trainlet.ir import DepthFirst, Graph, Kind, Node, Value
+from trainlet.ops import OPS
+from trainlet.ops.roles import enters, heads
+from trainlet.reference import add, conv2d, dense, gradient, loss, pool, select
 from trainlet.reference.arithmetic import Tensor, key, word
-from trainlet.reference.backward import (
-    ref_conv2d_db,
-    ref_conv2d_dw,
-    ref_conv2d_dx,
-    ref_conv2d_dx_round,
-    ref_dense_dx,
-    ref_enter_grad,
-    ref_mask_grad,
-    ref_round_grad,
-)
-from trainlet.reference.forward import (
-    ref_add,
-    ref_avg_pool,
-    ref_check_lr,
-    ref_clip_mask,
-    ref_conv2d,
-    ref_dense,
-    ref_select_channels,
-    ref_softmax_xent,
-)
 from trainlet.reference.rounding import EXACT, UNROUNDED, Rounding
 from trainlet.reference.run import Op, Run
-from trainlet.reference.update import (
-    ref_conv2d_db_sgd,
-    ref_conv2d_dw_sgd,
-    ref_dense_sgd,
-    ref_sgd_bias,
-    ref_sgd_weight,
-)
 
+_FAMILIES: Final = (add, conv2d, dense, gradient, loss, pool, select)
 REFERENCE: Final[Mapping[str, Op]] = {
-    "conv2d": ref_conv2d,
-    "add": ref_add,
-    "avg_pool": ref_avg_pool,
-    "dense": ref_dense,
-    "clip_mask": ref_clip_mask,
-    "select_channels": ref_select_channels,
-    "check_lr": ref_check_lr,
-    "softmax_xent": ref_softmax_xent,
-    "dense_dx": ref_dense_dx,
-    "dense_sgd": ref_dense_sgd,
-    "enter_grad": ref_enter_grad,
-    "mask_grad": ref_mask_grad,
-    "round_grad": ref_round_grad,
-    "conv2d_dx": ref_conv2d_dx,
-    "conv2d_dw": ref_conv2d_dw,
-    "conv2d_db": ref_conv2d_db,
-    "sgd_weight": ref_sgd_weight,
-    "sgd_bias": ref_sgd_bias,
-    "conv2d_dx_round": ref_conv2d_dx_round,
-    "conv2d_dw_sgd": ref_conv2d_dw_sgd,
-    "conv2d_db_sgd": ref_conv2d_db_sgd,
+    name.removeprefix("ref_"): function
+    for family in _FAMILIES
+    for name, function in vars(family).items()
+    if name.startswith("ref_")
 }
+"""The meaning of each operator: ``ref_<operator>`` of its family's file. A depth-first run means what its nodes
+mean."""
+
+_without = {n for n, op in OPS.items() if op.attrs is not DepthFirst} ^ REFERENCE.keys()
+if _without:
+    raise ImportError(f"operators without a meaning, or meanings without an operator: {', '.join(sorted(_without))}")
 
 HEAD_SITE: Final = 0xFFFFFFFF
 FIRST_RHO: Final = 4
@@ -117,23 +83,14 @@ def random_head(seed: int, classes: int, channels: int) -> NDArray[np.float32]:
     return (unit * np.float32(1.0 / math.sqrt(channels))).reshape(classes, channels)
 
 
-def _role(graph: Graph, name: str) -> str:
-    """The operator that gives a state without data its meaning."""
-    if any(name == n.inputs[1] for n in graph.find("dense")):
-        return "dense"
-    writer = next((n for n in graph.nodes if name in n.writes), None)
-    return "" if writer is None else writer.op
-
-
 def _first(graph: Graph, v: Value, seed: int) -> Tensor:
     """The initial value of a state."""
     data = graph.data.get(v.name)
     if data is not None:
         return data
-    role = _role(graph, v.name)
-    if role == "dense":
+    if any(v.name == n["weight"] for n in heads(graph)):
         return random_head(seed, *v.shape)
-    if role in ("round_grad", "conv2d_dx_round"):
+    if any(v.name == n.updated("rho") for n in graph.nodes):
         return np.full(v.shape, FIRST_RHO, np.int8)
     raise ValueError(f"state {v.name!r} has no initial value")
 
@@ -193,9 +150,9 @@ def execute(run: Run, nodes: tuple[Node, ...]) -> None:
             silent.update(node.outputs)
             continue
         with np.errstate(all="ignore"):  # overflow to infinity is a result here, and is looked for
-            outputs = REFERENCE[node.op](run, node, [run.values[n] for n in node.inputs])
+            outputs = REFERENCE[node.op](run, node, node.bind(run.values))
         run.values.update(zip(node.outputs, outputs, strict=True))
-        if run.zero_gradient and node.op == "enter_grad":
+        if run.zero_gradient and enters(node):
             silent.update(node.outputs)
 
 
@@ -234,10 +191,9 @@ def train_step(
     execute(r, graph.nodes)
     state.arrays = {n: r.values[n] for n in state.arrays}
     state.step = (state.step + 1) & 0xFFFFFFFF
-    loss = graph.find("softmax_xent")[0]
-    logits = r.values[loss.inputs[0]]
+    logits = r.values[graph.outputs[0]]
     return StepResult(
-        loss=float(r.values[loss.outputs[0]][0]),
+        loss=float(r.values[graph.outputs[-1]].item()),
         logits=logits,
         prediction=int(logits.argmax()),
         saturated=r.saturated / max(r.rounded, 1),
@@ -262,7 +218,7 @@ def _needed(graph: Graph, name: str) -> tuple[Node, ...]:
 
 
 def _batches(graph: Graph, nodes: tuple[Node, ...], count: int) -> Iterator[slice]:
-    widest = max(graph.values[n].size for node in nodes for n in (*node.inputs[:1], *node.outputs))
+    widest = max(graph.values[n].size for node in nodes for n in node.outputs)
     size = max(1, _BATCH_BYTES // (8 * widest))
     for first in range(0, count, size):
         yield slice(first, first + size)

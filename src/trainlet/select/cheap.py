@@ -16,11 +16,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from trainlet.attrs import Conv2d
 from trainlet.autodiff.scheme import UpdateScheme, selected_channels, trainable_layers
 from trainlet.compiler import compile_model
 from trainlet.errors import UsageError
-from trainlet.ir.graph import Graph, Node
+from trainlet.ir import Graph, Node
+from trainlet.ops import Conv2d
 from trainlet.select.jobs import Result, Spec
 from trainlet.select.problem import RATIOS, Contributions
 from trainlet.select.runs import Part, Place, Study, feed, open_job, train
@@ -80,11 +80,11 @@ class _Layer:
 
     def __init__(self, graph: Graph, node: Node) -> None:
         assert isinstance(node.attrs, Conv2d)
-        self.weight, self.bias = f"{node.name}.weight", node.inputs[2]
-        self.kernel = graph.data[node.inputs[1]]
+        self.weight, self.bias = f"{node.name}.weight", node["bias"]
+        self.kernel = graph.data[node["weight"]]
         self.depthwise = node.attrs.depthwise
-        scale = graph.data[node.inputs[3]].astype(np.float64)
-        q = graph.values[node.inputs[0]].q
+        scale = graph.data[node["scale"]].astype(np.float64)
+        q = graph.values[node["x"]].q
         assert q is not None
         # a weight's unit over its fraction bits; a bias is in units of s_w s_x
         self.unit = (scale / (1 << BITS - 8)).reshape(-1, *[1] * (self.kernel.ndim - 1))

@@ -121,7 +121,7 @@ def open_study(model: Graph, data: Path, resize: str, cache: Path) -> Study:
 
 
 def _shape(graph: Graph) -> tuple[int, int, int]:
-    h, w, c = graph.values[graph.inputs[0]].shape
+    h, w, c = graph.image.shape
     return h, w, c
 
 

@@ -60,7 +60,7 @@ class HostSession:
         self.classes = class_count(compiled)
         self.library_path = build_library(compiled.sources.files, cc=cc, extra=flags)
         self._lib = ctypes.CDLL(str(self.library_path))
-        self._shape = compiled.graph.values[compiled.graph.inputs[0]].shape
+        self._shape = compiled.graph.image.shape
         self._codec = StateCodec(compiled.graph, compiled.layout)
         self._cut = [(compiled.plan.offsets[v], compiled.graph.values[v].nbytes) for v in prefix_values(compiled.graph)]
         slots = max((v.exponent for v in compiled.graph.values.values() if v.exponent is not None), default=0)

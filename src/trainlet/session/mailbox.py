@@ -117,7 +117,7 @@ class DeviceSession:
         self.model_hash = compiled.model_hash
         self.classes = class_count(compiled)
         self._chip = machine
-        self._shape = compiled.graph.values[compiled.graph.inputs[0]].shape
+        self._shape = compiled.graph.image.shape
         self._codec = StateCodec(compiled.graph, compiled.layout)
         self._cut = [(compiled.plan.offsets[v], compiled.graph.values[v].nbytes) for v in prefix_values(compiled.graph)]
         names = ("mailbox", "row", "arena", "state")

@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
-from trainlet.emit import Compiled
+from trainlet.emit import Compiled, NodeLines
 from trainlet.errors import OverBudgetError, ToolMissingError
 from trainlet.plan.arena import largest_alive
 from trainlet.toolchain.armcc import ArmCompiler, find_arm_compiler
@@ -38,17 +38,17 @@ _STATIC: Final = (".data", ".bss")
 _UNLIMITED: Final = 1 << 28  # the sizes of a program that did not fit are those of one linked into this
 _NODE_FUNCTIONS: Final = "prefix|forward|gradient|head|backward"
 _ROW_FUNCTIONS: Final = "row_.*"
-_POINTERS: Final = {"tl_stream_.*": _ROW_FUNCTIONS, ".*": _NODE_FUNCTIONS}  # who calls whom through a pointer
+_POINTERS: Final = {"tl_depth_first_.*": _ROW_FUNCTIONS, ".*": _NODE_FUNCTIONS}  # who calls whom through a pointer
 
 
 @dataclass(frozen=True)
 class Firmware:
-    """A linked program. ``layout``: its allocated sections, debug information left out; ``sized``: what its functions
-    and variables are, by address; ``symbols``: all its names."""
+    """A linked program. ``layout``: its allocated sections, debug information left out; ``nodes``: which lines of
+    NAME.c run which node; ``sized``: what its functions and variables are, by address; ``symbols``: all its names."""
 
     path: Path
     target: Target
-    model_source: str
+    nodes: tuple[NodeLines, ...]
     layout: tuple[Section, ...]
     segments: tuple[tuple[int, bytes], ...]
     symbols: Mapping[str, Symbol]
@@ -103,24 +103,14 @@ class Firmware:
         rows.sort(key=lambda r: r[0])
         return [a for a, _ in rows], [line for _, line in rows]
 
-    @cached_property
-    def _comments(self) -> tuple[list[int], list[str]]:
-        """Lines of model.c that hold a node's comment, and its text "layer: operator"."""
-        found = [
-            (i, m[1]) for i, text in enumerate(self.model_source.splitlines(), 1)
-            if (m := re.fullmatch(r"    /\* (.*) \*/", text))
-        ]  # fmt: skip
-        return [i for i, _ in found], [text for _, text in found]
-
     def node_at(self, address: int) -> str:
         """The node, as "layer: operator", whose call is at ``address``; "" outside the emitted sequences of calls."""
         if not re.fullmatch(f"{_NODE_FUNCTIONS}|{_ROW_FUNCTIONS}", self.function_at(address)):
             return ""
         addresses, lines = self._lines
-        at = bisect_right(addresses, address) - 1
-        numbers, texts = self._comments
-        i = bisect_right(numbers, lines[at]) - 1
-        return texts[i] if i >= 0 else ""
+        line = lines[bisect_right(addresses, address) - 1]
+        i = bisect_right(self.nodes, line, key=lambda n: n.first) - 1
+        return self.nodes[i].label if i >= 0 else ""
 
 
 def _elf(stream: Any) -> Any:
@@ -131,7 +121,7 @@ def _elf(stream: Any) -> Any:
     return ELFFile(stream)
 
 
-def read_elf(path: Path, target: Target, model_source: str) -> Firmware:
+def read_elf(path: Path, target: Target, nodes: tuple[NodeLines, ...]) -> Firmware:
     """Sections, segments and symbols of a linked program."""
     with path.open("rb") as f:
         elf = _elf(f)
@@ -146,7 +136,7 @@ def read_elf(path: Path, target: Target, model_source: str) -> Firmware:
     sized = tuple(s for kind, s in table if kind in ("STT_FUNC", "STT_OBJECT"))
     functions = tuple(s for kind, s in table if kind == "STT_FUNC")
     symbols = {s.name: s for _, s in table}
-    return Firmware(path, target, model_source, layout, segments, symbols, sized, functions)
+    return Firmware(path, target, nodes, layout, segments, symbols, sized, functions)
 
 
 def _symbols(table: Any) -> Iterator[tuple[str, Symbol]]:
@@ -199,7 +189,7 @@ def build_device(
         raise ValueError(f"stack_bytes {stack_bytes}: a positive multiple of 8")
     compiler = find_arm_compiler()
     prefix = compiled.sources.prefix
-    source = compiled.sources.files[f"{prefix}.c"]
+    nodes = compiled.sources.nodes
     texts = {**kernel_sources(), **port_sources(), **compiled.sources.files}
     texts["main.c"] = (main or texts["main.c"]).replace("@NAME@", prefix).replace("@UPPER@", prefix.upper())
     if not any(n.writes for n in compiled.graph.nodes):
@@ -218,9 +208,9 @@ def build_device(
         path.parent.mkdir(exist_ok=True)
         problem = linker.link(script, path)
         if problem:
-            large = _whole(linker, target, stack_bytes, names, path, source)
+            large = _whole(linker, target, stack_bytes, names, path, nodes)
             raise OverBudgetError(_too_large(compiled, target, large))
-    return read_elf(path, target, source)
+    return read_elf(path, target, nodes)
 
 
 def _compile(compiler: ArmCompiler, core: Sequence[str], texts: Mapping[str, str]) -> dict[str, Path]:
@@ -279,14 +269,14 @@ class _Linker:
 
 
 def _whole(
-    linker: _Linker, target: Target, stack_bytes: int, names: tuple[str, str], path: Path, source: str
+    linker: _Linker, target: Target, stack_bytes: int, names: tuple[str, str], path: Path, nodes: tuple[NodeLines, ...]
 ) -> Firmware:
     """The program that did not fit, linked as if the memory had no end."""
     room = replace(target, flash_bytes=_UNLIMITED, pools=(Pool("SRAM", _UNLIMITED),))
     with tempfile.TemporaryDirectory(dir=path.parent) as work:
         out = Path(work) / path.name
         linker.link(link_script(room, stack_bytes, *names), out)
-        return read_elf(out, target, source)
+        return read_elf(out, target, nodes)
 
 
 def _too_large(compiled: Compiled, target: Target, large: Firmware) -> str:

@@ -63,7 +63,7 @@ def synthetic_image(shape: tuple[int, ...], t: int) -> NDArray[np.int8]:
 def expected(compiled: Compiled) -> Expected:
     """Runs the training steps of the test vectors in the reference executor."""
     graph = compiled.train
-    shape = graph.values[graph.inputs[0]].shape
+    shape = graph.image.shape
     classes = graph.values[graph.outputs[0]].size
     state = initial_state(graph, SEED)
     results = [train_step(graph, state, synthetic_image(shape, t), t % classes, LR) for t in range(STEPS)]

@@ -60,7 +60,7 @@ void tl_model_reset(const tl_model *m, tl_context *c, uint32_t seed)
 tl_status tl_model_begin(const tl_model *m, tl_context *c)
 {
     c->rows = 0;
-    if (m->feed) tl_stream_begin(m->feed, c);
+    if (m->feed) tl_depth_first_begin(m->feed, c);
     return TL_OK;
 }
 
@@ -71,7 +71,7 @@ tl_status tl_model_feed_row(const tl_model *m, tl_context *c, const int8_t *row)
     if (c->rows < 0 || c->rows >= m->height) return TL_BAD_ORDER;
     memcpy(c->arena + m->input + (uint32_t)(c->rows % m->input_rows) * bytes, row, bytes);
     c->rows++;
-    if (m->feed) tl_stream_feed(m->feed, c, c->rows);
+    if (m->feed) tl_depth_first_feed(m->feed, c, c->rows);
     return TL_OK;
 }
 

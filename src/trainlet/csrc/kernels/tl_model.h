@@ -32,7 +32,7 @@ typedef struct {
     const void *data;
 } tl_init;
 
-/* A node of a stream: `run` makes row y of its output, of `height`. It needs the rows y * stride - pad .. + size - 1 of
+/* A node of a depth-first run: `run` makes row y of its output, of `height`. It needs the rows y * stride - pad .. + size - 1 of
  * its inputs, of in_height, as far as there are such. An input is made by the stage of that index; or it is TL_WHOLE
  * from the start; or it is the image, TL_FED by rows. */
 typedef struct {
@@ -47,20 +47,20 @@ typedef struct {
     const tl_stage *stages;
     int32_t n;
     uint32_t counters;
-} tl_stream;
+} tl_depth_first;
 
-void tl_stream_begin(const tl_stream *s, tl_context *c);
+void tl_depth_first_begin(const tl_depth_first *s, tl_context *c);
 /* `fed` rows of the image are there: makes every row that can be made. */
-void tl_stream_feed(const tl_stream *s, tl_context *c, int32_t fed);
-/* From begin to end, for a stream whose inputs are there. */
-void tl_stream_run(const tl_stream *s, tl_context *c);
+void tl_depth_first_feed(const tl_depth_first *s, tl_context *c, int32_t fed);
+/* From begin to end, for a run whose inputs are there. */
+void tl_depth_first_run(const tl_depth_first *s, tl_context *c);
 
 typedef struct {
     uint32_t hash, arena_bytes, state_bytes;
     int32_t height, width, channels, classes, features;
     uint32_t input, logits;        /* offsets in the arena */
     int32_t input_rows;            /* rows of the image that there are at once */
-    const tl_stream *feed;         /* takes the image as it is delivered; NULL: it is kept whole */
+    const tl_depth_first *feed;         /* takes the image as it is delivered; NULL: it is kept whole */
     uint32_t head_w, head_b;       /* offsets in the state */
     float head_range;              /* (fp32)(1/sqrt(features)) */
     const tl_init *init;
