@@ -379,7 +379,8 @@ class FloatTrainer:
             layer.train_bias()
         if n.layer in scheme.weights:
             weight = graph.data[n["weight"]].astype(np.int8)
-            layer.train_weights(selected_channels(weight, scheme.weights[n.layer], layer.attrs.depthwise, n.layer))
+            axis = 0 if layer.attrs.depthwise else 3
+            layer.train_weights(selected_channels(weight, scheme.weights[n.layer], axis=axis, layer=n.layer))
 
     @staticmethod
     def data_inputs(n: Node) -> tuple[str, ...]:

@@ -204,12 +204,12 @@ def train_tail() -> Graph:
         SgdBias(33, 1 / 64, 4, attrs),
         stores="bias=conv.0.bias",
     )
-    return g.build(Stage.TRAIN, ["logits", "loss.y"])
+    return g.build(Stage.TRAIN, ["logits"], targets=("label",), rate="lr", losses=("loss.y",))
 
 
 def same(a: Graph, b: Graph) -> bool:
     """Whether two graphs are equal, data and order of values included."""
-    head = (a.name, a.stage, a.inputs, a.outputs, a.nodes) == (b.name, b.stage, b.inputs, b.outputs, b.nodes)
+    head = (a.name, a.stage, a.interface, a.nodes) == (b.name, b.stage, b.interface, b.nodes)
     values = list(a.values.items()) == list(b.values.items())
     data = a.data.keys() == b.data.keys() and all(
         a.data[k].dtype == b.data[k].dtype and np.array_equal(a.data[k], b.data[k]) for k in a.data

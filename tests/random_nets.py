@@ -41,7 +41,7 @@ class Case:
         return self.model.values["logits"].size
 
     def __repr__(self) -> str:
-        text = f"{self.model.inputs}\n" + "\n".join(
+        text = f"{self.model.interface}\n" + "\n".join(
             f"  {n.name}: {n.op} {n.inputs[:2]} -> {self.model.values[n.outputs[0]].shape} {n.attrs}"
             for n in self.model.nodes
         )
@@ -159,7 +159,9 @@ class Net:
 
 def flattened(net: Net, x: str, classes: int) -> Graph:
     """A head that reads the map ``x`` itself; no pool."""
-    weight = net.g.add(Value("head.weight", (classes, net.g.values[x].size), "f32", Kind.STATE))
+    weight = net.g.add(
+        Value("head.weight", (classes, net.g.values[x].size), "f32", Kind.STATE, fan_in=net.g.values[x].size)
+    )
     bias = net.g.add(Value("head.bias", (classes,), "f32", Kind.STATE), np.zeros(classes, np.float32))
     head = Node("dense", "head", "head", Operands(x=x, weight=weight, bias=bias), ("logits",), Attrs())
     return net.g.build(Stage.INT8, [net.g.emit(head, Value("logits", (classes,), "f32"))])

@@ -50,10 +50,7 @@ def asset(name: str) -> Path:
 
 
 def macs(graph: Graph) -> list[int]:
-    def of(name: str) -> Any:
-        return graph.values[name]
-
-    return [OPS[n.op].macs(n, [of(i) for i in n.inputs], [of(o) for o in n.outputs]) for n in graph.nodes]
+    return [OPS[n.op].macs(n, n.bind(graph.values)) for n in graph.nodes]
 
 
 # --- a small checkpoint, so that these tests need no assets -------------------------------------------------

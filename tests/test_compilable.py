@@ -5,7 +5,6 @@ computes something else."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +73,7 @@ def _more_outputs() -> Graph:
 
 def _a_vector() -> Graph:
     c = ChainBuilder("odd", integer=True)
-    c.g.inputs.clear()
+    c.g.given.clear()
     c.g.values.clear()
     c.g.add(Value("input", (12,), "s8", Kind.INPUT, QParams(1 / 64, 0)))
     return c.g.build(Stage.INT8, [c.head("head", "input")])
@@ -113,4 +112,4 @@ def test_a_file_is_refused_like_a_graph(name: str, tmp_path: Path) -> None:
 def test_a_lowered_graph_is_no_model() -> None:
     lowered = compile_model(int8_chain(), HEAD).graph
     with pytest.raises(VerifyError):
-        compile_inference(replace(lowered, outputs=()))
+        compile_inference(lowered.with_interface(outputs=()))

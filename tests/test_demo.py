@@ -275,7 +275,7 @@ def test_a_head_that_cannot_be_kept() -> None:
 
 def _headless() -> Graph:
     graph = int8_chain()
-    return replace(graph, outputs=("pool.y",)).with_nodes(graph.nodes[:-1])
+    return graph.with_interface(outputs=("pool.y",)).with_nodes(graph.nodes[:-1])
 
 
 # --- the picture ------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_queries() -> None:
 
 def test_with_nodes_drops_what_nothing_names() -> None:
     graph = int8_chain()
-    cut = replace(graph, outputs=("conv.0.y",)).with_nodes(graph.nodes[:1])
+    cut = graph.with_interface(outputs=("conv.0.y",)).with_nodes(graph.nodes[:1])
     assert set(cut.values) == {"input", "conv.0.weight", "conv.0.bias", "conv.0.scale", "conv.0.y"}
     assert set(cut.data) == {"conv.0.weight", "conv.0.bias", "conv.0.scale"}
 
@@ -160,7 +160,7 @@ def test_float_bytes_survive(tmp_path: Path) -> None:
 
 def test_an_invalid_graph_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(VerifyError, match="at least one output"):
-        save(replace(int8_chain(), outputs=()), tmp_path / "g.json")
+        save(int8_chain().with_interface(outputs=()), tmp_path / "g.json")
     assert not list(tmp_path.iterdir())
 
 

@@ -256,13 +256,13 @@ def _trained() -> Graph:
     return replace(graph, values={**graph.values, "conv.1.weight": moved})
 
 
-def _two_heads() -> Graph:
+def _dense_over_dense() -> Graph:
     graph = float_chain()
-    weight = Value("second.weight", (4, 6), "f32", Kind.CONST)
-    read = Operands(x="pool.y", weight=weight.name, bias="head.bias")
+    weight = Value("second.weight", (4, 4), "f32", Kind.CONST)
+    read = Operands(x="logits", weight=weight.name, bias="head.bias")
     node = Node("dense", "second", "second", read, ("second.y",), Attrs())
     values = {**graph.values, weight.name: weight, "second.y": Value("second.y", (4,), "f32")}
-    data = {**graph.data, weight.name: np.ones((4, 6), np.float32)}
+    data = {**graph.data, weight.name: np.ones((4, 4), np.float32)}
     return replace(graph, nodes=(*graph.nodes, node), values=values, data=data)
 
 
@@ -273,9 +273,9 @@ def _two_heads() -> Graph:
         (_silent, UsageError, "stem: its output is 0 for all calibration images"),
         (lambda: _zero("conv.2.weight"), UsageError, "block.project: all its weights are 0"),
         (_huge, UsageError, "block.depthwise: its weights are so large that every output saturates"),
-        (_masked, UnsupportedError, "mask: 'clip_mask' cannot be quantized; models are made of conv2d, add"),
+        (_masked, UnsupportedError, "node 'mask' .* belongs to stage train, lowered, not float"),
         (_trained, UnsupportedError, "block.depthwise: 'conv.1.weight' is no constant"),
-        (_two_heads, UnsupportedError, "head: a dense layer is supported at the end of a model only"),
+        (_dense_over_dense, UnsupportedError, "second: a dense layer is supported at the end of a model only"),
     ],
 )
 def test_what_cannot_be_quantized_is_refused(

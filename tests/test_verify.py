@@ -12,7 +12,7 @@ import pytest
 from graphs import float_chain, int8_chain, train_tail
 
 from trainlet.errors import UnsupportedError
-from trainlet.ir import Array, Attrs, Graph, Kind, Operands, QParams, Stage
+from trainlet.ir import Array, Attrs, Graph, Interface, Kind, Operands, QParams, Stage
 from trainlet.ops import Add, SelectChannels
 from trainlet.verify import VerifyError, verify_graph, verify_plan
 
@@ -78,7 +78,7 @@ def _outputs(graph: Graph, result: str, /, **outputs: str) -> Graph:
     """``graph`` with other outputs of itself and of some nodes; values that nothing names are dropped."""
     for name, text in outputs.items():
         graph = _node(graph, name, outputs=tuple(text.split()))
-    return replace(graph, outputs=(result,)).with_nodes(graph.nodes)
+    return graph.with_interface(outputs=(result,)).with_nodes(graph.nodes)
 
 
 def _deadly(graph: Graph) -> Graph:
@@ -103,12 +103,12 @@ FAULTS: dict[str, tuple[Graph, str, str]] = {
     "made twice": (_node(I8, "conv.2", outputs=("conv.1.y",)), "'conv.2'", "is made by no other node"),
     "made by nobody": (replace(I8, nodes=I8.nodes[:-1]), "'logits'", "made by a node"),
     "output that is a constant": (_node(I8, "head", outputs=("head.bias",)), "'head'", "is an activation"),
-    "graph without outputs": (replace(I8, outputs=()), "'int8_chain'", "at least one output"),
-    "output that does not exist": (replace(I8, outputs=("ghost",)), "'int8_chain'", "'ghost' is a value"),
-    "output listed twice": (replace(I8, outputs=("logits", "logits")), "'int8_chain'", "listed once"),
-    "input listed twice": (replace(I8, inputs=("input", "input")), "'int8_chain'", "listed once"),
-    "output that no node makes": (replace(I8, outputs=("input",)), "'input'", "made by a node"),
-    "input that is not listed": (replace(I8, inputs=()), "'input'", "only inputs are"),
+    "graph without outputs": (I8.with_interface(outputs=()), "'int8_chain'", "at least one output"),
+    "output that does not exist": (I8.with_interface(outputs=("ghost",)), "'int8_chain'", "'ghost' is a value"),
+    "output listed twice": (I8.with_interface(outputs=("logits", "logits")), "'int8_chain'", "listed once"),
+    "input listed twice": (I8.with_interface(inputs=("input", "input")), "'int8_chain'", "listed once"),
+    "output that no node makes": (I8.with_interface(outputs=("input",)), "'input'", "made by a node"),
+    "input that is not listed": (I8.with_interface(inputs=()), "'input'", "only inputs are"),
     # states
     "write to a constant": (_node(TR, "conv.0.sgd", writes=("conv.0.scale",)), "'conv.0.sgd'", "writes only states"),
     "two writers": (
@@ -145,7 +145,7 @@ FAULTS: dict[str, tuple[Graph, str, str]] = {
         "has no state 'rho'",
     ),
     "input of another rank": (_node(I8, "conv.0", inputs=("input", *["head.bias"] * 3)), "'conv.0'", "weight is"),
-    "too few outputs": (_outputs(TR, "logits", loss="g"), "'loss'", "has 2 outputs, not 1"),
+    "too few outputs": (_outputs(TR.with_interface(losses=()), "logits", loss="g"), "'loss'", "has 2 outputs, not 1"),
     "too many outputs": (_outputs(I8, "pool.y", pool="pool.y logits", head=""), "'pool'", "has 1 outputs, not 2"),
     # data
     "constant without data": (_data(I8, "conv.0.weight", None), "'conv.0.weight'", "has data"),
@@ -233,7 +233,7 @@ def _wide_convolution(c: int) -> Graph:
             _value(graph, name, shape=(1,), kind=Kind.CONST), name, TR.data.get(name, np.zeros(5, np.int32))[:1]
         )
     node = graph.node("conv.0")
-    graph = replace(graph, outputs=("conv.0.y",), inputs=("input",), stage=Stage.INT8)
+    graph = replace(graph, interface=Interface(("input",), ("conv.0.y",)), stage=Stage.INT8)
     return graph.with_nodes([node.reading(trained=None, channels=None)])
 
 

@@ -86,7 +86,7 @@ static tl_status gradient(tl_context *c)
     /* lr: check_lr */
     { TL_TRY(tl_check_lr(c->lr, 0x1.505afa0000000p+13f)); }
     /* loss: softmax_xent */
-    { TL_TRY(tl_softmax_xent_f32(TL_AT(float, a, A_LOGITS), 4, c->label, &c->loss,
+    { TL_TRY(tl_softmax_xent_f32(TL_AT(float, a, A_LOGITS), 4, *c->target, &c->loss,
         TL_AT(float, a, A_LOGITS_GRAD))); }
     /* head: dense_dx */
     { tl_dense_dx_f32(TL_AT(float, a, A_LOGITS_GRAD), TL_AT(float, s, S_HEAD_WEIGHT), 4, 6,
@@ -135,31 +135,36 @@ static void backward(tl_context *c)
 }
 
 static const tl_init start[] = {
-    {8u, 24u, conv_1_bias_start},
-    {32u, 24u, conv_2_bias_start},
-    {168u, 54u, conv_1_trained_start},
-    {249u, 18u, conv_2_trained_start},
-    {276u, 1u, conv_2_rho_start},
+    {8u, 24u, conv_1_bias_start, 0.0f},
+    {32u, 24u, conv_2_bias_start, 0.0f},
+    {56u, 96u, NULL, 0x1.a20bd80000000p-2f},
+    {168u, 54u, conv_1_trained_start, 0.0f},
+    {249u, 18u, conv_2_trained_start, 0.0f},
+    {276u, 1u, conv_2_rho_start, 0.0f},
 };
 
+static const tl_port inputs[] = {
+    {TL_S8, 8, 8, 3, 452u, 3, 0x1.0000000000000p-6f, -3},
+};
+static const tl_port outputs[] = {
+    {TL_F32, 1, 1, 4, 1024u, 1, 0x1.0000000000000p+0f, 0},
+};
+static const tl_port targets[] = {
+    {TL_S32, 1, 1, 1, 0u, 1, 0x1.0000000000000p+0f, 0},
+};
 static const tl_model model = {
-    .hash = 0xc79b9a77u,
+    .hash = 0x2b3c62d0u,
     .arena_bytes = 1044u,
     .state_bytes = 280u,
-    .height = 8,
-    .width = 8,
-    .channels = 3,
-    .classes = 4,
-    .features = 6,
-    .input = 452u,
-    .input_rows = 3,
+    .inputs = inputs,
+    .outputs = outputs,
+    .targets = targets,
+    .n_inputs = 1,
+    .n_outputs = 1,
+    .n_targets = 1,
     .feed = &conv_0_depth_first,
-    .logits = 1024u,
-    .head_w = 56u,
-    .head_b = 152u,
-    .head_range = 0x1.a20bd80000000p-2f,
     .init = start,
-    .n_init = 5,
+    .n_init = 6,
     .prefix = prefix,
     .forward = forward,
     .gradient = gradient,

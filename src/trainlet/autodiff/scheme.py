@@ -184,7 +184,7 @@ def _count(channels: int, ratio: float, layer: str) -> int:
 
 
 def selected_channels(
-    weight: NDArray[np.generic], ratio: float, axis: int, layer: str = "weight"
+    weight: NDArray[np.generic], ratio: float, *, axis: int, layer: str = "weight"
 ) -> NDArray[np.uint16]:
     """The channels along ``axis`` of an int8 ``weight`` that train, ascending: those with the largest sum of squares;
     ties go to the lower index. The same ones apply in every group. ``layer`` is for the UsageError where ``ratio``

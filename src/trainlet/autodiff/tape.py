@@ -239,7 +239,7 @@ class Tape:
     def _train_channels(self, node: Node, operand: str, rule: Channels) -> Node:
         """Some or all channels of a weight, compact."""
         w, axis = self.graph.data[node[operand]], rule.axis(node.attrs)
-        channels = selected_channels(w, self.scheme.weights[node.layer], axis, node.layer)
+        channels = selected_channels(w, self.scheme.weights[node.layer], axis=axis, layer=node.layer)
         data: Array = np.ascontiguousarray(np.take(w, channels, axis))
         whole = len(channels) == w.shape[axis]
         table = self.builder.const(f"{node.name}.channels", channels, "u16")

@@ -30,7 +30,7 @@ def differentiate(graph: Graph, scheme: UpdateScheme) -> Graph:
     tape = Tape(graph, check_scheme(scheme, graph))
     head = _head(graph)
     forward = [tape.choose(n) for n in graph.nodes]
-    _loss(tape, head)
+    targets, losses = _loss(tape, head)
     for node in reversed(graph.nodes):
         _step(tape, node)
     tape.flush()
@@ -40,7 +40,7 @@ def differentiate(graph: Graph, scheme: UpdateScheme) -> Graph:
     made = tape.builder.nodes
     updates = [n for n in made if not n.outputs and n.stores and n not in tape.early]
     tape.builder.nodes = kept + [n for n in made if n not in updates] + updates
-    step = tape.builder.build(Stage.TRAIN, (*graph.outputs, "loss"))
+    step = tape.builder.build(Stage.TRAIN, graph.outputs, targets=targets, rate=LR, losses=losses)
     verify_graph(step)
     return step
 
@@ -55,7 +55,8 @@ def _head(graph: Graph) -> Node:
     return last
 
 
-def _loss(tape: Tape, head: Node) -> None:
+def _loss(tape: Tape, head: Node) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What the loss compares with, and the loss itself, by name."""
     rule = OPS[LOSS].loss
     assert not isinstance(rule, No)
     logits = tape.value(head.output)
@@ -66,6 +67,7 @@ def _loss(tape: Tape, head: Node) -> None:
     read = Operands(logits=logits.name, label=target)
     tape.emit(Node(LOSS, LOSS, "loss", read, (loss.name, g.name), Attrs()), loss, g)
     tape.grads[logits.name] = g.name
+    return (target,), (loss.name,)
 
 
 def _step(tape: Tape, node: Node) -> None:

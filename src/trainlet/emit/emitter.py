@@ -21,7 +21,10 @@ from trainlet.plan.place import Place, Pool
 
 _NUMPY_CTYPE: Final = {np.dtype(t.numpy): t.ctype for t in DTYPES.values() if t.bits >= 8}
 _BASE: Final = {Pool.ARENA: "a", Pool.STATE: "s"}
-RESERVED: Final = ("model", "start", "prefix", "forward", "gradient", "head", "backward", "a", "s", "c", "y")
+RESERVED: Final = (
+    *("model", "start", "prefix", "forward", "gradient", "head", "backward"),
+    *("inputs", "outputs", "targets", "a", "s", "c", "y"),
+)
 """What NAME.c itself defines."""
 
 

@@ -74,14 +74,30 @@ def _function(e: Emitter, name: str, nodes: tuple[Node, ...]) -> Lines:
 
 def _init_table(e: Emitter, layout: StateLayout) -> list[str]:
     rows = []
-    drawn = {n["weight"] for n in heads(e.graph)}  # their memory holds random weights before the table is copied
     for v in e.graph.states():
+        where = f"{layout.offsets[v.name]}u, {v.nbytes}u"
         data = e.graph.data.get(v.name)
-        if data is None or not (data.any() or v.name in drawn):
-            continue
-        table = e.table(f"{v.name}.start", data, "initial_state")
-        rows.append(f"    {{{layout.offsets[v.name]}u, {v.nbytes}u, {table}}},")
+        if v.fan_in is not None:
+            rows.append(f"    {{{where}, NULL, {c_float(1.0 / math.sqrt(v.fan_in))}}},")
+        elif data is not None and data.any():
+            rows.append(f"    {{{where}, {e.table(f'{v.name}.start', data, 'initial_state')}, 0.0f}},")
     return rows
+
+
+_TYPES: Final = {"s8": "TL_S8", "s32": "TL_S32", "f32": "TL_F32"}
+
+
+def _ports(e: Emitter, role: str, names: tuple[str, ...]) -> str:
+    """The table of what the caller gives or gets in that role."""
+    if not names:
+        return ""
+    rows = ""
+    for name in names:
+        v, place = e.value(name), e.places.get(name)
+        h, w, c = v.shape if len(v.shape) == 3 else (1, 1, v.size)
+        at, ring = (f"{place.offset}u", place.ring) if place else ("0u", h)
+        rows += f"    {{{_TYPES[v.dtype]}, {h}, {w}, {c}, {at}, {ring}, {c_float(e.scale(name))}, {e.zero(name)}}},\n"
+    return f"static const tl_port {role}[] = {{\n{rows}}};\n"
 
 
 def _frozen_weights(graph: Graph) -> frozenset[str]:
@@ -116,26 +132,19 @@ def emit(graph: Graph, plan: MemoryPlan, layout: StateLayout, model_hash: str) -
     functions = _functions(e, graph)
     init = _init_table(e, layout)
     head = head_of(graph)
-    weight = graph.values[head["weight"]]
-    classes, features = weight.shape
+    classes = graph.values[head.output].size
     slots = 1 + max((v.exponent for v in graph.values.values() if v.exponent is not None), default=0)
     image = graph.image
+    face = graph.interface
+    roles = {"inputs": face.inputs, "outputs": face.outputs, "targets": face.targets}
+    ports = "".join(_ports(e, role, names) for role, names in roles.items())
     fields = {
         "hash": f"0x{model_hash[:8]}u",
         "arena_bytes": f"{plan.arena_bytes}u",
         "state_bytes": f"{layout.nbytes}u",
-        "height": image.shape[0],
-        "width": image.shape[1],
-        "channels": image.shape[2],
-        "classes": classes,
-        "features": features,
-        "input": f"{plan.offsets[image.name]}u",
-        "input_rows": plan.places[image.name].ring,
+        **{k: k if names else "NULL" for k, names in roles.items()},
+        **{f"n_{k}": len(names) for k, names in roles.items()},
         "feed": f"&{e.symbol(feed.name)}" if feed else "NULL",
-        "logits": f"{plan.offsets[head.output]}u",
-        "head_w": f"{layout.offsets[weight.name]}u",
-        "head_b": f"{layout.offsets[head['bias']]}u",
-        "head_range": c_float(1.0 / math.sqrt(features)),
         "init": "start" if init else "NULL",
         "n_init": len(init),
         **{k: k for k in ("prefix", "forward", "gradient", "head", "backward")},
@@ -156,7 +165,7 @@ def emit(graph: Graph, plan: MemoryPlan, layout: StateLayout, model_hash: str) -
         "slots": slots,
         "source": comment(graph.name),
     }
-    end = f"{start}static const tl_model model = {{\n{model}\n}};\n\n{_API.format(**values)}"
+    end = f"{start}{ports}static const tl_model model = {{\n{model}\n}};\n\n{_API.format(**values)}"
     code = joined((plain(_C_HEAD.format(**values) + e.offset_table()), *runs, functions, plain(end)))
     data = f"{_DATA_HEAD.format(**values)}{''.join(e.tables.values())}"
     files = {f"{name}.h": _HEADER.format(**values), f"{name}.c": "\n".join(code.text) + "\n", f"{name}_data.h": data}
@@ -171,12 +180,14 @@ def _structs(e: Emitter) -> Iterable[str]:
 
 def _with_new_head(graph: Graph) -> Graph:
     """The graph as if its head were a new one: a saved state holds the whole head, wherever it started."""
-    data = dict(graph.data)
+    data, values = dict(graph.data), dict(graph.values)
     for head in heads(graph):
-        if graph.values[head["weight"]].kind is Kind.STATE:
-            data.pop(head["weight"], None)
-            data[head["bias"]] = np.zeros(graph.values[head["bias"]].shape, np.float32)
-    return replace(graph, data=data)
+        weight, bias = values[head["weight"]], values[head["bias"]]
+        if weight.kind is Kind.STATE:
+            data.pop(weight.name, None)
+            values[weight.name] = replace(weight, fan_in=weight.shape[-1])
+            data[bias.name] = np.zeros(bias.shape, np.float32)
+    return replace(graph, data=data, values=values)
 
 
 def graph_hash(graph: Graph) -> str:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -75,10 +73,12 @@ def attach_head(graph: Graph, classes: int, *, keep: bool = False) -> Graph:
     nodes = trunk(graph)
     x = features(graph)
     start, bias_start = _own_head(graph, classes, x) if keep else (None, np.zeros(classes, np.float32))
-    base = replace(graph, outputs=(x,)).with_nodes(nodes)
+    base = graph.with_interface(outputs=(x,)).with_nodes(nodes)
     g = GraphBuilder(graph.name, base)
     g.nodes.extend(nodes)
-    weight = g.add(Value("head.weight", (classes, base.values[x].size), "f32", Kind.STATE), start)
+    size = base.values[x].size
+    fan_in = size if start is None else None
+    weight = g.add(Value("head.weight", (classes, size), "f32", Kind.STATE, fan_in=fan_in), start)
     bias = g.add(Value("head.bias", (classes,), "f32", Kind.STATE), bias_start)
     node = Node("dense", "head", "head", Operands(x=x, weight=weight, bias=bias), ("logits",), Attrs())
     g.emit(node, Value("logits", (classes,), "f32"))

@@ -13,7 +13,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
@@ -24,7 +24,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from trainlet.errors import UnsupportedError, UsageError
-from trainlet.ir import DTYPES, Array, Attrs, DepthFirst, Graph, Kind, Node, Operands, QParams, Stage, Value
+from trainlet.ir import DTYPES, Array, Attrs, DepthFirst, Graph, Interface, Kind, Node, Operands, QParams, Stage, Value
 from trainlet.ops import OPS
 from trainlet.verify import VerifyError, verify_graph
 
@@ -61,8 +61,7 @@ def save(graph: Graph, path: Path) -> None:
         "version": VERSION,
         "name": graph.name,
         "stage": graph.stage.value,
-        "inputs": list(graph.inputs),
-        "outputs": list(graph.outputs),
+        "interface": _encode_interface(graph.interface),
         "tensors": {"sha256": hashlib.sha256(blob).hexdigest(), "names": sorted(graph.data)},
         "values": [_encode_value(v) for v in graph.values.values()],
         "nodes": [_encode_node(n) for n in graph.nodes],
@@ -205,11 +204,13 @@ def _encode_value(v: Value) -> dict[str, object]:
         "kind": v.kind.value,
         "q": q,
         "exponent": v.exponent,
+        "fan_in": v.fan_in,
     }
 
 
-def _decode_value(item: str, raw: object) -> Value:
-    r = _record(item, raw, ("name", "shape", "dtype", "kind", "q", "exponent"))
+def _decode_value(item: str, raw: object, version: int) -> Value:
+    names = ("name", "shape", "dtype", "kind", "q", "exponent")
+    r = _record(item, raw, (*names, "fan_in") if version > 1 else names)
     item = f"value {_text(f'{item}.name', r['name'])!r}"
     shape = tuple(_integer(f"{item}.shape", n) for n in _list(f"{item}.shape", r["shape"]))
     if not 0 < len(shape) <= MAX_RANK or min(shape) < 1 or math.prod(shape) > MAX_ELEMENTS:
@@ -221,7 +222,8 @@ def _decode_value(item: str, raw: object) -> Value:
     if r["q"] is not None:
         s = _record(f"{item}.q", r["q"], ("scale", "zero"))
         q = QParams(float(_real(f"{item}.q.scale", s["scale"])), _integer(f"{item}.q.zero", s["zero"]))
-    return Value(r["name"], shape, r["dtype"], _member(f"{item}.kind", r["kind"], Kind), q, exponent)
+    fan_in = None if r.get("fan_in") is None else _integer(f"{item}.fan_in", r["fan_in"])
+    return Value(r["name"], shape, r["dtype"], _member(f"{item}.kind", r["kind"], Kind), q, exponent, fan_in)
 
 
 def _encode_node(n: Node) -> dict[str, object]:
@@ -234,6 +236,20 @@ def _encode_node(n: Node) -> dict[str, object]:
         "stores": {k: list(v) for k, v in n.stores.items()},
         "attrs": {"class": type(n.attrs).__name__, **_encode_attrs(n.attrs)},
     }
+
+
+def _encode_interface(face: Interface) -> dict[str, object]:
+    many = {k: list(getattr(face, k)) for k in ("inputs", "targets", "outputs", "losses")}
+    return {**many, "rate": face.rate or None}
+
+
+def _decode_interface(r: Mapping[str, Any], version: int) -> Interface:
+    if version == 1:
+        return Interface(_names("inputs", r["inputs"]), _names("outputs", r["outputs"]))
+    many = ("inputs", "outputs", "targets", "losses")
+    raw = _record("interface", r["interface"], (*many, "rate"))
+    rate = "" if raw["rate"] is None else _text("interface.rate", raw["rate"])
+    return Interface(rate=rate, **{k: _names(f"interface.{k}", raw[k]) for k in many})
 
 
 def _decode_node(item: str, raw: object, version: int) -> Node:
@@ -353,24 +369,31 @@ def _decode_graph(document: object, tensors: Callable[[tuple[str, ...], str], di
     version = document.get("version")
     if type(version) is not int or not 1 <= version <= VERSION:
         _fail("version", f"this trainlet reads versions 1 to {VERSION}, not {_kind(version)}")
-    names = ("format", "version", "name", "stage", "inputs", "outputs", "tensors", "values", "nodes")
-    r = _record("the file", document, names)
+    face = ("interface",) if version > 1 else ("inputs", "outputs")
+    r = _record("the file", document, ("format", "version", "name", "stage", *face, "tensors", "values", "nodes"))
     values: dict[str, Value] = {}
     for i, raw in enumerate(_list("values", r["values"])):
-        v = _decode_value(f"values[{i}]", raw)
+        v = _decode_value(f"values[{i}]", raw, version)
         if v.name in values:
             _fail(f"value {v.name!r}", "is defined once")
         values[v.name] = v
     t = _record("tensors", r["tensors"], ("sha256", "names"))
+    data = tensors(_names("tensors.names", t["names"]), _text("tensors.sha256", t["sha256"]))
+    if version == 1:
+        values = {k: _drawn(v, data) for k, v in values.items()}
     return Graph(
         name=_text("name", r["name"]),
         stage=_member("stage", r["stage"], Stage),
-        inputs=_names("inputs", r["inputs"]),
-        outputs=_names("outputs", r["outputs"]),
+        interface=_decode_interface(r, version),
         values=values,
         nodes=tuple(_decode_node(f"nodes[{i}]", raw, version) for i, raw in enumerate(_list("nodes", r["nodes"]))),
-        data=tensors(_names("tensors.names", t["names"]), _text("tensors.sha256", t["sha256"])),
+        data=data,
     )
+
+
+def _drawn(v: Value, data: Mapping[str, Array]) -> Value:
+    """A state without data of version 1, which was the weight of a head: it is drawn."""
+    return replace(v, fan_in=v.shape[-1]) if v.kind is Kind.STATE and v.name not in data else v
 
 
 def _parse_tensors(path: Path, blob: bytes, names: tuple[str, ...], sha256: str) -> dict[str, Array]:

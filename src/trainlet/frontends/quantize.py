@@ -112,7 +112,8 @@ class _Walk:
         return self.g.const(name, data, dtype)
 
     def carry(self, name: str) -> None:
-        self.g.add(self.graph.values[name], self.graph.data.get(name))
+        if name not in self.g.values:
+            self.g.add(self.graph.values[name], self.graph.data.get(name))
 
     def range(self, node: Node) -> Range:
         return self.ranges[node.output]

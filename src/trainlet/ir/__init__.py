@@ -17,6 +17,7 @@ from trainlet.ir.graph import (
     Stage,
     Value,
 )
+from trainlet.ir.interface import Interface
 
 __all__ = [
     "DTYPES",
@@ -28,6 +29,7 @@ __all__ = [
     "Graph",
     "GraphBuilder",
     "Image",
+    "Interface",
     "Kind",
     "Node",
     "Operands",

@@ -13,13 +13,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainlet.errors import UsageError
 from trainlet.ir.dtypes import dtype_bits
+from trainlet.ir.interface import Interface
 
 Array = NDArray[np.generic]
 Image = NDArray[np.int8]
@@ -55,7 +56,8 @@ class QParams:
 @dataclass(frozen=True, slots=True)
 class Value:
     """A tensor. ``exponent`` is the slot of the run-time exponent table of an int8 gradient (or of the int32
-    sum made from one): its real value is r * 2**exponent_table[slot]."""
+    sum made from one): its real value is r * 2**exponent_table[slot]. ``fan_in`` is that of a state without data, which
+    starts at random numbers within +-1/sqrt(fan_in)."""
 
     name: str
     shape: tuple[int, ...]
@@ -63,6 +65,7 @@ class Value:
     kind: Kind = Kind.ACTIVATION
     q: QParams | None = None
     exponent: int | None = None
+    fan_in: int | None = None
 
     @property
     def size(self) -> int:
@@ -223,8 +226,7 @@ class Graph:
 
     name: str
     stage: Stage
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
+    interface: Interface
     values: Mapping[str, Value]
     nodes: tuple[Node, ...]
     data: Mapping[str, Array] = field(repr=False)
@@ -232,6 +234,20 @@ class Graph:
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", MappingProxyType(dict(self.values)))
         object.__setattr__(self, "data", MappingProxyType(dict(self.data)))
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What the model looks at; not the targets and the rate of a training step."""
+        return self.interface.inputs
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What the model says; not the losses of a training step."""
+        return self.interface.outputs
+
+    def with_interface(self, **changes: Any) -> Graph:
+        """The same graph with other fields of its interface."""
+        return replace(self, interface=replace(self.interface, **changes))
 
     @property
     def image(self) -> Value:
@@ -273,7 +289,7 @@ class Graph:
     def with_nodes(self, nodes: Iterable[Node], *, stage: Stage | None = None) -> Graph:
         """The same graph with another list of nodes; values that nothing names any more are dropped."""
         nodes = tuple(nodes)
-        used = {*self.inputs, *self.outputs}
+        used = {*self.interface.given, *self.interface.made}
         for n in nodes:
             used.update(n.inputs, n.outputs, n.writes)
         values = {k: v for k, v in self.values.items() if k in used}
@@ -294,7 +310,7 @@ class GraphBuilder:
         self.values: dict[str, Value] = dict(base.values) if base else {}
         self.data: dict[str, Array] = dict(base.data) if base else {}
         self.nodes: list[Node] = []
-        self.inputs: list[str] = list(base.inputs) if base else []
+        self.given: list[str] = list(base.interface.given) if base else []
 
     def add(self, value: Value, data: Array | None = None) -> str:
         """Registers a value and its data; the name must be new."""
@@ -304,7 +320,7 @@ class GraphBuilder:
         if data is not None:
             self.data[value.name] = data
         if value.kind is Kind.INPUT:
-            self.inputs.append(value.name)
+            self.given.append(value.name)
         return value.name
 
     def const(self, name: str, data: Array, dtype: str) -> str:
@@ -318,6 +334,16 @@ class GraphBuilder:
         self.nodes.append(node)
         return node.outputs[0] if node.outputs else ""
 
-    def build(self, stage: Stage, outputs: Iterable[str]) -> Graph:
-        """The finished graph; it is not verified here."""
-        return Graph(self.name, stage, tuple(self.inputs), tuple(outputs), self.values, tuple(self.nodes), self.data)
+    def build(
+        self,
+        stage: Stage,
+        outputs: Iterable[str],
+        *,
+        targets: tuple[str, ...] = (),
+        rate: str = "",
+        losses: tuple[str, ...] = (),
+    ) -> Graph:
+        """The finished graph; it is not verified here. What is given and is neither target nor rate is an input."""
+        inputs = tuple(v for v in self.given if v not in targets and v != rate)
+        interface = Interface(inputs, tuple(outputs), targets, rate, losses)
+        return Graph(self.name, stage, interface, self.values, tuple(self.nodes), self.data)

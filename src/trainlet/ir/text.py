@@ -26,8 +26,10 @@ def to_text(graph: Graph) -> str:
 
 def _lines(graph: Graph) -> Iterator[str]:
     yield f"graph {graph.name} {graph.stage.value}"
-    for name in graph.inputs:
-        yield f"input {_typed(graph.values[name])}"
+    face = graph.interface
+    roles = (("input", face.inputs), ("target", face.targets), ("rate", (face.rate,) if face.rate else ()))
+    for role, names in roles:
+        yield from (f"{role} {_typed(graph.values[name])}" for name in names)
     for kind in (Kind.CONST, Kind.STATE):
         for v in graph.values.values():
             if v.kind is kind:
@@ -35,7 +37,8 @@ def _lines(graph: Graph) -> Iterator[str]:
                 yield f"{kind.value} {_typed(v)}" + ("" if data is None else f" = {digest(data)}")
     for node in graph.nodes:
         yield _node(graph, node)
-    yield f"return {', '.join(_ref(graph, name) for name in graph.outputs)}"
+    losses = f" loss {', '.join(_ref(graph, name) for name in face.losses)}" if face.losses else ""
+    yield f"return {', '.join(_ref(graph, name) for name in face.outputs)}{losses}"
 
 
 def digest(data: Array) -> str:
@@ -55,6 +58,8 @@ def _typed(v: Value) -> str:
         text += f" q({float(v.q.scale)!r}, {v.q.zero})"
     if v.exponent is not None:
         text += f" e{v.exponent}"
+    if v.fan_in is not None:
+        text += f" random({v.fan_in})"
     return text
 
 

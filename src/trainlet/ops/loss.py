@@ -52,7 +52,7 @@ def _label(logits: Value) -> Value:
 def emit_softmax_xent(e: Emitter, node: Node) -> str:
     _, g = node.outputs  # the loss goes to the context
     logits = node["logits"]
-    return call("tl_softmax_xent_f32", e.ptr(logits), e.value(logits).size, "c->label", "&c->loss", e.ptr(g))
+    return call("tl_softmax_xent_f32", e.ptr(logits), e.value(logits).size, "*c->target", "&c->loss", e.ptr(g))
 
 
 def emit_check_lr(e: Emitter, node: Node) -> str:

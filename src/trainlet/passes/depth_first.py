@@ -62,7 +62,7 @@ def _overwritten(graph: Graph, first: int, end: int, image: str | None) -> str:
     """The input of a run over which its last output may go: the largest that nothing reads later; or ""."""
     inner, values = graph.nodes[first:end], graph.values
     y = inner[-1].output
-    later = {v for n in graph.nodes[end:] for v in n.inputs} | {*graph.outputs}
+    later = {v for n in graph.nodes[end:] for v in n.inputs} | {*graph.interface.made}
     if end - first == 1 or y not in later or values[y].dtype != "s8":
         return ""
     kept = later | {image} | {v for n in inner for v in n.outputs}
@@ -75,7 +75,7 @@ def _wrap(graph: Graph, run: Run, image: str | None) -> Node:
     inner = graph.nodes[run.first : run.end]
     made = [n.output for n in inner]
     within = {n.name for n in inner}
-    later = {v for n in graph.nodes if n.name not in within for v in n.inputs} | set(graph.outputs)
+    later = {v for n in graph.nodes if n.name not in within for v in n.inputs} | set(graph.interface.made)
     outputs = tuple(v for v in made if v in later)
     inputs = tuple(dict.fromkeys(v for n in inner for v in n.inputs if v not in made))
     rows = ring_rows(inner, graph.values, image)
@@ -98,7 +98,9 @@ class _Search:
         nodes = graph.nodes
         self.sizes = {v.name: aligned(v.nbytes) for v in graph.values.values() if in_arena(v)}
         self.first = {v: i for i, n in enumerate(nodes) for v in n.outputs}
-        self.last = {v: i for i, n in enumerate(nodes) for v in n.inputs} | dict.fromkeys(graph.outputs, len(nodes))
+        self.last = {v: i for i, n in enumerate(nodes) for v in n.inputs} | dict.fromkeys(
+            graph.interface.made, len(nodes)
+        )
         self.image_end = max(i for i, n in enumerate(nodes) if graph.inputs[0] in n.inputs) + 1
         cut = prefix_length(graph)
         self.cut = cut if not by_rows or cut >= self.image_end else 0  # a prefix that only keeps what was fed is none

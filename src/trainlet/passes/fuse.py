@@ -33,7 +33,7 @@ def fuse(graph: Graph) -> Graph:
 def _fusion(graph: Graph, first: Node, reader: Node) -> Fusion | None:
     """How the two become one, if ``reader`` reads what ``first`` makes there and nowhere else."""
     made = first.output
-    if made in graph.outputs or reader.inputs.count(made) != 1:
+    if made in graph.interface.made or reader.inputs.count(made) != 1:
         return None
     rules = OPS[first.op].fusions
     return next((f for f in rules if f.into == reader.op and reader.all(f.operand) == (made,)), None)

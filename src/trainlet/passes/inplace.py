@@ -37,7 +37,7 @@ def overwritable(graph: Graph, node: Node) -> tuple[str, ...]:
 def _dies(graph: Graph, value: str, at: int) -> bool:
     """Whether node ``at`` reads ``value`` once, and nothing reads it later."""
     later = [n for n in graph.nodes[at + 1 :] if value in n.inputs]
-    return not later and graph.nodes[at].inputs.count(value) == 1 and value not in graph.outputs
+    return not later and graph.nodes[at].inputs.count(value) == 1 and value not in graph.interface.made
 
 
 def _biases_first(graph: Graph) -> list[Node]:

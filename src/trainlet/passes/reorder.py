@@ -100,7 +100,7 @@ class _Section:
         read: dict[str, int] = {}
         for i, n in enumerate(nodes):
             read.update({v: read.get(v, 0) | 1 << i for v in n.inputs})
-        later = {v for n in behind for v in n.inputs} | set(graph.outputs)
+        later = {v for n in behind for v in n.inputs} | set(graph.interface.made)
         not_yet = {v for n in behind for v in n.outputs}
         names = [v.name for v in graph.values.values() if in_arena(v) and v.name not in not_yet]
         self.buffers = [
@@ -260,5 +260,5 @@ def _before(node: Node, me: int, made: Mapping[str, int], read: Mapping[str, int
 def _over(graph: Graph, node: Node, overwrites: bool) -> list[tuple[str, int]]:
     """What the node writes over, or may once the pass ``inplace`` has run, and its scratch then."""
     may = (node.overwrites,) if node.overwrites else overwritable(graph, node) if overwrites else ()
-    may = tuple(v for v in may if node.inputs.count(v) == 1 and v not in graph.outputs)
+    may = tuple(v for v in may if node.inputs.count(v) == 1 and v not in graph.interface.made)
     return [(v, node_scratch(graph, replace(node, overwrites=v))) for v in may]

@@ -78,7 +78,7 @@ def lifetimes(graph: Graph) -> list[Block]:
     last = dict(first)
     for i, n in enumerate(graph.nodes):
         last.update(dict.fromkeys(n.inputs, i))
-    last.update(dict.fromkeys(graph.outputs, len(graph.nodes)))
+    last.update(dict.fromkeys(graph.interface.made, len(graph.nodes)))
     runs = [(i, n.attrs) for i, n in enumerate(graph.nodes) if isinstance(n.attrs, DepthFirst)]
     rings = {v: (i, rows) for i, s in runs for v, rows in s.rings}
     flat = graph.flat()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from trainlet.errors import UsageError
 from trainlet.ir import DepthFirst, Graph, Kind, Node, Value
 from trainlet.ops import OPS
-from trainlet.ops.roles import enters, heads
+from trainlet.ops.roles import enters
 from trainlet.reference import add, conv2d, dense, gradient, loss, pool, select
 from trainlet.reference.arithmetic import Tensor, key, word
 from trainlet.reference.rounding import EXACT, UNROUNDED, Rounding
@@ -36,7 +36,6 @@ if _without:
     raise ImportError(f"operators without a meaning, or meanings without an operator: {', '.join(sorted(_without))}")
 
 HEAD_SITE: Final = 0xFFFFFFFF
-FIRST_RHO: Final = 4
 _BATCH_BYTES: Final = 32 << 20  # of the widest activation in int64, per batch of ``infer``
 
 
@@ -76,11 +75,16 @@ class StepResult:
 # --- state --------------------------------------------------------------------------------------------------
 
 
+def drawn(seed: int, shape: tuple[int, ...], fan_in: int) -> NDArray[np.float32]:
+    """The random numbers that a state without data starts from, within +-1/sqrt(fan_in)."""
+    words = word(key(seed, 0, HEAD_SITE), np.arange(math.prod(shape)))
+    unit = (words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1)
+    return (unit * np.float32(1.0 / math.sqrt(fan_in))).reshape(shape)
+
+
 def random_head(seed: int, classes: int, channels: int) -> NDArray[np.float32]:
     """The head that a session starts from, (classes, channels)."""
-    words = word(key(seed, 0, HEAD_SITE), np.arange(classes * channels))
-    unit = (words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1)
-    return (unit * np.float32(1.0 / math.sqrt(channels))).reshape(classes, channels)
+    return drawn(seed, (classes, channels), channels)
 
 
 def _first(graph: Graph, v: Value, seed: int) -> Tensor:
@@ -88,11 +92,9 @@ def _first(graph: Graph, v: Value, seed: int) -> Tensor:
     data = graph.data.get(v.name)
     if data is not None:
         return data
-    if any(v.name == n["weight"] for n in heads(graph)):
-        return random_head(seed, *v.shape)
-    if any(v.name == n.updated("rho") for n in graph.nodes):
-        return np.full(v.shape, FIRST_RHO, np.int8)
-    raise ValueError(f"state {v.name!r} has no initial value")
+    if v.fan_in is None:
+        raise ValueError(f"state {v.name!r} has no initial value")
+    return drawn(seed, v.shape, v.fan_in)
 
 
 def initial_state(graph: Graph, seed: int) -> TrainState:
@@ -186,14 +188,15 @@ def train_step(
     graph = graph.flat()
     real = np.float32 if rounding and not _is_real(graph) else np.float64
     with np.errstate(over="ignore"):
-        given = {graph.inputs[0]: image, "label": np.array([label], np.int32), "lr": np.array([lr]).astype(real)}
+        (x,), (target,), rate = graph.inputs, graph.interface.targets, graph.interface.rate
+        given = {x: image, target: np.array([label], np.int32), rate: np.array([lr]).astype(real)}
     r = start(graph, given, state, rounding)
     execute(r, graph.nodes)
     state.arrays = {n: r.values[n] for n in state.arrays}
     state.step = (state.step + 1) & 0xFFFFFFFF
     logits = r.values[graph.outputs[0]]
     return StepResult(
-        loss=float(r.values[graph.outputs[-1]].item()),
+        loss=float(r.values[graph.interface.losses[0]].item()),
         logits=logits,
         prediction=int(logits.argmax()),
         saturated=r.saturated / max(r.rounded, 1),

@@ -105,7 +105,7 @@ class _Layer:
         for ratio in RATIOS:
             if int(ratio * self.kernel.shape[axis]) < 1:
                 continue
-            channels = selected_channels(self.kernel, ratio, self.depthwise)
+            channels = selected_channels(self.kernel, ratio, axis=0 if self.depthwise else 3)
             weights[str(ratio)] = self.weights.scores(n, channels, axis)
         return {"bias": self.biases.scores(n), "weight": weights}
 

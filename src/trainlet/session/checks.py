@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
 from trainlet.emit import Compiled
 from trainlet.errors import MismatchError, UsageError
+from trainlet.session import Inputs, Targets
 
 BAD_ARGUMENT = 2
 _STATUS = {
@@ -41,13 +44,34 @@ def check_label(compiled: Compiled, label: int) -> None:
         check_status(compiled, BAD_ARGUMENT, label)
 
 
-def check_image(image: NDArray[np.int8], shape: tuple[int, ...]) -> NDArray[np.int8]:
+def one_input(compiled: Compiled, inputs: Inputs) -> NDArray[np.generic]:
+    """The array of a model's one input; UsageError where others are given."""
+    return inputs if isinstance(inputs, np.ndarray) else _only("input", compiled.graph.inputs, inputs)
+
+
+def one_label(compiled: Compiled, targets: Targets) -> int:
+    """The class that is the one target of a training step; UsageError where something else is given."""
+    if not isinstance(targets, Mapping):
+        return int(targets)
+    label = np.asarray(_only("target", compiled.graph.interface.targets, targets))
+    if label.size != 1 or label.dtype.kind not in "iu":
+        raise UsageError(f"the target is one whole number, the class, not {label.dtype} {label.shape}")
+    return int(label.item())
+
+
+def _only(role: str, names: tuple[str, ...], given: Mapping[str, NDArray[np.generic]]) -> NDArray[np.generic]:
+    if set(given) != set(names) or len(names) != 1:
+        raise UsageError(f"the {role}s are {', '.join(names) or 'none'}, not {', '.join(given) or 'none'}")
+    return given[names[0]]
+
+
+def check_image(image: NDArray[np.generic], shape: tuple[int, ...]) -> NDArray[np.int8]:
     """The image in C order; UsageError where it is not int8 of this shape."""
     if image.dtype != np.int8 or image.shape != shape:
         want = "x".join(map(str, shape))
         given = "x".join(map(str, image.shape))
         raise UsageError(f"the image is {image.dtype} {given}; the model reads int8 {want}")
-    return np.ascontiguousarray(image)
+    return np.ascontiguousarray(image, np.int8)
 
 
 def check_prefix(prefix: bytes, want: int) -> None:

@@ -13,8 +13,16 @@ from trainlet.emit import Compiled
 from trainlet.ir import Image
 from trainlet.plan.prefix import prefix_values
 from trainlet.plan.state import StateCodec
-from trainlet.session import StepInfo
-from trainlet.session.checks import check_image, check_label, check_prefix, check_status, class_count
+from trainlet.session import Inputs, StepInfo, Targets
+from trainlet.session.checks import (
+    check_image,
+    check_label,
+    check_prefix,
+    check_status,
+    class_count,
+    one_input,
+    one_label,
+)
 from trainlet.toolchain.host import NATIVE, build_library
 
 
@@ -31,7 +39,7 @@ class _Context(ctypes.Structure):
         ("rounded", ctypes.c_uint32),
         ("lr", ctypes.c_float),
         ("loss", ctypes.c_float),
-        ("label", ctypes.c_int32),
+        ("target", ctypes.c_void_p),
         ("rows", ctypes.c_int32),
     )
 
@@ -100,7 +108,7 @@ class HostSession:
     def _check(self, status: int, label: int = 0, lr: float = 0.0) -> None:
         check_status(self.compiled, status, label, lr)
 
-    def _image(self, image: Image) -> ctypes.c_void_p:
+    def _image(self, image: NDArray[np.generic]) -> ctypes.c_void_p:
         self._held = check_image(image, self._shape)
         return ctypes.c_void_p(self._held.ctypes.data)
 
@@ -120,11 +128,14 @@ class HostSession:
     def reset(self, seed: int) -> None:
         self._function("tl_model_reset", None)(*self._pair(), ctypes.c_uint32(seed))
 
-    def infer(self, image: Image) -> NDArray[np.float32]:
-        self._check(self._infer(*self._pair(), self._image(image), ctypes.byref(self._logits)))
+    def infer(self, inputs: Inputs) -> NDArray[np.float32]:
+        self._check(
+            self._infer(*self._pair(), self._image(one_input(self.compiled, inputs)), ctypes.byref(self._logits))
+        )
         return self._read_logits()
 
-    def train_step(self, image: Image, label: int, lr: float) -> StepInfo:
+    def train_step(self, inputs: Inputs, targets: Targets, lr: float) -> StepInfo:
+        image, label = one_input(self.compiled, inputs), one_label(self.compiled, targets)
         check_label(self.compiled, label)
         out = ctypes.byref(self._info)
         args = (*self._pair(), self._image(image), ctypes.c_int32(label), ctypes.c_float(lr), out)

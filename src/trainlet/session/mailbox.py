@@ -18,8 +18,16 @@ from trainlet.errors import DeviceError
 from trainlet.ir import Image
 from trainlet.plan.prefix import prefix_values
 from trainlet.plan.state import StateCodec
-from trainlet.session import StepInfo
-from trainlet.session.checks import check_image, check_label, check_prefix, check_status, class_count
+from trainlet.session import Inputs, StepInfo, Targets
+from trainlet.session.checks import (
+    check_image,
+    check_label,
+    check_prefix,
+    check_status,
+    class_count,
+    one_input,
+    one_label,
+)
 from trainlet.toolchain.chip import Firmware
 
 _PAINT: Final = bytes([0xC5])
@@ -180,7 +188,7 @@ class DeviceSession:
         check_status(self.compiled, status, label, lr)
         return StepInfo(loss, prediction, saturated), logits
 
-    def _feed(self, image: Image) -> None:
+    def _feed(self, image: NDArray[np.generic]) -> None:
         rows = check_image(image, self._shape)
         self._started()
         self._command(Command.BEGIN)
@@ -199,13 +207,14 @@ class DeviceSession:
     def reset(self, seed: int) -> None:
         self._command(Command.RESET, seed=seed)
 
-    def infer(self, image: Image) -> NDArray[np.float32]:
-        self._feed(image)
+    def infer(self, inputs: Inputs) -> NDArray[np.float32]:
+        self._feed(one_input(self.compiled, inputs))
         return self._logits(self._command(Command.FINISH)[1])
 
-    def train_step(self, image: Image, label: int, lr: float) -> StepInfo:
+    def train_step(self, inputs: Inputs, targets: Targets, lr: float) -> StepInfo:
+        label = one_label(self.compiled, targets)
         check_label(self.compiled, label)
-        self._feed(image)
+        self._feed(one_input(self.compiled, inputs))
         return self._trained(self._command(Command.TRAIN, label=label, lr=lr)[0])
 
     def prefix(self, image: Image) -> bytes:

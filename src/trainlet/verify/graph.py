@@ -45,14 +45,15 @@ def _check_values(graph: Graph) -> None:
 
 
 def _check_interface(graph: Graph) -> None:
-    for name in (*graph.inputs, *graph.outputs):
+    given, made = graph.interface.given, graph.interface.made
+    for name in (*given, *made):
         check(name in graph.values, graph, f"input or output {name!r} is a value of the graph")
-    check(len(set(graph.inputs)) == len(graph.inputs), graph, "an input is listed once")
-    check(len(set(graph.outputs)) == len(graph.outputs), graph, "an output is listed once")
+    check(len(set(given)) == len(given), graph, "an input is listed once")
+    check(len(set(made)) == len(made), graph, "an output is listed once")
     check(len(graph.outputs) > 0, graph, "has at least one output")
     for v in graph.values.values():
-        check((v.kind is Kind.INPUT) == (v.name in graph.inputs), v, "inputs are listed, and only inputs are")
-    for name in graph.outputs:
+        check((v.kind is Kind.INPUT) == (v.name in given), v, "inputs are listed, and only inputs are")
+    for name in made:
         check(graph.values[name].kind is Kind.ACTIVATION, graph.values[name], "an output is made by a node")
 
 
@@ -63,7 +64,10 @@ def _check_data(graph: Graph) -> None:
         data = graph.data.get(v.name)
         if data is None:
             check(v.kind is not Kind.CONST, v, "a constant has data")
+            drawn = v.fan_in is not None and v.fan_in > 0 and v.dtype == "f32"
+            check(v.kind is not Kind.STATE or drawn, v, "a state has data, or is f32 and drawn with a fan-in above 0")
             continue
+        check(v.fan_in is None, v, "what has data is not drawn")
         check(v.kind in (Kind.CONST, Kind.STATE), v, "only constants and states have data")
         check(data.shape == v.shape, v, f"data has the shape {v.shape}, not {data.shape}")
         dtype = DTYPES[v.dtype]
@@ -149,7 +153,9 @@ def _check_overwrites(graph: Graph) -> None:
             raise fail(node, f"{node.op!r} cannot write over an input: {rule.why}")
         check(node.inputs.count(gone) == 1, node, f"overwrites {gone!r}, which it reads once")
         later = next((n.name for n in graph.nodes[i + 1 :] if gone in n.inputs), "")
-        check(not later and gone not in graph.outputs, node, f"overwrites {gone!r}, but {later!r} still reads it")
+        check(
+            not later and gone not in graph.interface.made, node, f"overwrites {gone!r}, but {later!r} still reads it"
+        )
         may = rule.when(node.attrs) and any(gone in node.all(o) for o in rule.operands)
         check(may, node, f"may write over {' or '.join(rule.operands)}, where its attributes let it, not {gone!r}")
         if isinstance(node.attrs, DepthFirst):

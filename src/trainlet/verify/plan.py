@@ -104,7 +104,7 @@ def _value_blocks(graph: Graph, plan: Plan) -> list[_Block]:
     begins = [-1 if i == 0 and _fed(graph) else i for i in range(len(graph.nodes))]
     first = {name: begins[i] for i, node in enumerate(graph.nodes) for name in node.outputs}
     last = {name: i for i, node in enumerate(graph.nodes) for name in (*node.inputs, *node.outputs)}
-    last |= {name: len(graph.nodes) for name in graph.outputs}
+    last |= {name: len(graph.nodes) for name in graph.interface.made}
     for i, node in enumerate(graph.nodes):
         if node.overwrites:
             run = node.attrs if isinstance(node.attrs, DepthFirst) else None

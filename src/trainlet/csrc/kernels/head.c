@@ -145,14 +145,13 @@ void tl_dense_sgd_f32(const float *g, const int8_t *x, int32_t zero, float scale
     }
 }
 
-void tl_dense_init_f32(uint32_t seed, int32_t classes, int32_t features, float inv_sqrt, float *w, float *b)
+void tl_random_f32(uint32_t seed, int32_t n, float range, float *out)
 {
     const uint32_t key = tl_site_key(tl_step_key(seed, 0), 0xffffffffu);
-    for (int32_t i = 0; i < classes * features; i++) {
+    for (int32_t i = 0; i < n; i++) {
         const float unit = (float)(tl_word(key, (uint32_t)i) >> 8) * power_of_two(-23);
-        w[i] = (unit - 1.0f) * inv_sqrt;
+        out[i] = (unit - 1.0f) * range;
     }
-    for (int32_t k = 0; k < classes; k++) b[k] = 0.0f;
 }
 
 /* The exponent of frexp: |v| = f 2^e with f in [0.5, 1); v is normal (tiny values were cut to 0). */

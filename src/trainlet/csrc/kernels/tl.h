@@ -113,8 +113,8 @@ void tl_dense_dx_f32(const float *g, const float *w, int32_t classes, int32_t fe
 /* SGD of the head; l[k] = lr g[k], 0 below 2^-100. */
 void tl_dense_sgd_f32(const float *g, const int8_t *x, int32_t zero, float scale, float lr, int32_t classes,
                       int32_t features, float *w, float *b);
-/* Random head: w[k][c] from word(k * features + c), site 0xffffffff, step 0; inv_sqrt = (fp32)(1/sqrt(features)). */
-void tl_dense_init_f32(uint32_t seed, int32_t classes, int32_t features, float inv_sqrt, float *w, float *b);
+/* Random start (section 5): n floats within +-range from word(i), site 0xffffffff, step 0; range = (fp32)(1/sqrt(fan-in)). */
+void tl_random_f32(uint32_t seed, int32_t n, float range, float *out);
 
 /* ---- gradients, section 4 ---- */
 
