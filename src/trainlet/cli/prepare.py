@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,7 +147,6 @@ def summary(graph: Graph) -> dict[str, Any]:
     values = graph.values
     attrs = [n.attrs for n in graph.nodes if isinstance(n.attrs, Conv2d)]
     macs = sum(OPS[n.op].macs(n, n.bind(values)) for n in graph.nodes)
-    operators = Counter(n.op for n in graph.nodes)
     shape = values[graph.inputs[0]].shape
     return {
         "model": graph.name,
@@ -157,7 +155,6 @@ def summary(graph: Graph) -> dict[str, Any]:
         "convolutions": len(attrs),
         "depthwise": sum(a.depthwise for a in attrs),
         "additions": sum(isinstance(n.attrs, Add) for n in graph.nodes),
-        "operators": dict(sorted(operators.items())),
         "weights": sum(values[n["weight"]].size for n in graph.nodes if "weight" in n.operands),
         "macs": macs,
         "dead_channels": sum(len(a.dead) for a in attrs),

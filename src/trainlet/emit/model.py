@@ -169,7 +169,8 @@ def emit(graph: Graph, plan: MemoryPlan, layout: StateLayout, model_hash: str) -
     code = joined((plain(_C_HEAD.format(**values) + e.offset_table()), *runs, functions, plain(end)))
     data = f"{_DATA_HEAD.format(**values)}{''.join(e.tables.values())}"
     files = {f"{name}.h": _HEADER.format(**values), f"{name}.c": "\n".join(code.text) + "\n", f"{name}_data.h": data}
-    purposes = {**e.purposes, "model": "constants", "start": "constants", **dict.fromkeys(_structs(e), "constants")}
+    own = dict.fromkeys(("model", "start", *roles, *_structs(e)), "constants")
+    purposes = {**e.purposes, **own}
     return Sources(name, files, dict(e.symbols), purposes, code.nodes)
 
 
