@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from trainlet.autodiff.scheme import UpdateScheme
 from trainlet.frontends import attach_head
 from trainlet.ir import Attrs, Graph, GraphBuilder, Kind, Node, Operands, QParams, Stage, Value
-from trainlet.ops import Add, AvgPool, Conv2d, conv_out_hw, is_depthwise
+from trainlet.ops import Add, AvgPool, Conv2d, MaxPool, conv_out_hw, is_depthwise
 from trainlet.ops.quantization import canonicalize_dead
 
 PLAIN = ("-O1",)
@@ -150,6 +150,14 @@ class Net:
         y = Value(f"{name}.y", (*hw, c), "s8", q=self.g.values[x].q)
         return self.g.emit(Node("avg_pool", name, name, Operands(x=x), (y.name,), AvgPool(kernel, stride, pads)), y)
 
+    def max_pool(self, x: str, kernel: tuple[int, int], stride: tuple[int, int] = (1, 1), pads: Pads = NO_PADS) -> str:
+        """A maximum pool."""
+        h, w, c = self.shape(x)
+        name = self._name("max_pool")
+        hw = conv_out_hw(Conv2d(kernel, stride, pads), h, w)
+        y = Value(f"{name}.y", (*hw, c), "s8", q=self.g.values[x].q)
+        return self.g.emit(Node("max_pool", name, name, Operands(x=x), (y.name,), MaxPool(kernel, stride, pads)), y)
+
     def finish(self, x: str, classes: int) -> Graph:
         """Global pool and head."""
         h, w, _ = self.shape(x)
@@ -229,7 +237,17 @@ def _shared(draw: st.DrawFn, net: Net, x: str) -> str:
     return net.add(a, net.same(x, draw(st.sampled_from((1, 2))), depthwise=draw(st.booleans())))
 
 
-_BLOCKS = (_conv, _conv, _residual, _add_first, _shared)
+@st.composite
+def _max_pool(draw: st.DrawFn, net: Net, x: str) -> str:
+    """Windows apart, side by side, or overlapping; padding that is smaller than the window."""
+    h, w, _ = net.shape(x)
+    kernel = (draw(st.integers(1, min(3, h))), draw(st.integers(1, min(3, w))))
+    top, left = (draw(st.integers(0, k - 1)) for k in kernel)
+    bottom, right = (draw(st.integers(0, k - 1)) for k in kernel)
+    return net.max_pool(x, kernel, draw(st.tuples(*[st.integers(1, 4)] * 2)), (top, bottom, left, right))
+
+
+_BLOCKS = (_conv, _conv, _residual, _add_first, _shared, _max_pool)
 _LRS = (0.0, 1e-38, 1e-30, 1e-9, 1e-3, 0.02, 0.5, 30.0, 1e4, 1e30)
 _RHO = (-60, -59, -30, -6, 0, 4, 4, 12, 30, 59, 60)
 _HEAD_BIAS = (0.0, 0.0, 0.0, -35.0, -41.5, -42.0, -55.0, -69.0, -75.0, -79.5, -80.5)
@@ -371,11 +389,24 @@ def _flattened_sum() -> tuple[Net, Graph]:
     return net, flattened(net, net.add(net.same(x), x, activation=True), 3)
 
 
+def _max_pools() -> tuple[Net, Graph]:
+    """Windows that overlap, with an activation before them and another reader; then windows side by side, whose
+    gradient is one vector for all pixels."""
+    net = Net((9, 11, 3), 15)
+    x = net.conv(net.input, 6, (3, 3), activation=True)
+    y = net.max_pool(x, (3, 3), (1, 2), (1, 1, 0, 2))
+    z = net.conv(x, 6, (1, 1), stride=(1, 2))
+    h = net.shape(z)[0]
+    y = net.add(net.same(y, 1), z) if net.shape(y) == net.shape(z) else net.conv(y, 6, (h, 1))
+    y = net.same(y, 1, activation=True)
+    return net, net.finish(net.max_pool(y, (2, 2), (2, 3)), 4)
+
+
 NAMED = {
     f.__name__.removeprefix("_"): f
     for f in (_add_with_activation, _add_is_first, _shared_later, _activation_before_pool, _dead_channels,
               _dilated_groups, _one_pixel, _one_class, _pool_in_prefix, _wide, _strided_depthwise, _twice, _flattened,
-              _flattened_sum)
+              _flattened_sum, _max_pools)
 }  # fmt: skip
 
 

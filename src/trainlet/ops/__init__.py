@@ -11,7 +11,7 @@ from trainlet.ops.geometry import Conv2d, conv_out_hw, fan_in, fan_out, is_depth
 from trainlet.ops.gradient import EnterGrad, Mask, MaskFrom, RoundGrad
 from trainlet.ops.loss import CheckLr
 from trainlet.ops.op import FIRST_PARAM, Kernel, No, Op, Param, RuleError, Window
-from trainlet.ops.pool import AvgPool
+from trainlet.ops.pool import AvgPool, MaxPool, MaxPoolDx
 from trainlet.ops.registry import KERNELS, OPS, register
 from trainlet.ops.select import SelectChannels
 
@@ -36,6 +36,8 @@ __all__ = [
     "Kernel",
     "Mask",
     "MaskFrom",
+    "MaxPool",
+    "MaxPoolDx",
     "No",
     "Op",
     "Param",

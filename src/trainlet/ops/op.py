@@ -140,7 +140,6 @@ class Exponent(Enum):
 
     OWN = "its own"
     OF_G = "that of its operand g"
-    SHARES = "that of the sums that it moves"
 
 
 # --- differentiation --------------------------------------------------------------------------------------------

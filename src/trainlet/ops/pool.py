@@ -1,30 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pools: the average over windows."""
+"""Pools: the average and the maximum over windows."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from trainlet.errors import UnsupportedError
-from trainlet.ir import Attrs, Bound, Graph, Node, Value
+from trainlet.ir import Attrs, Bound, Graph, Node, Operands, Value
 from trainlet.ops.geometry import Conv2d, Layer, conv_out_hw, geometry_table
 from trainlet.ops.op import (
     MODEL,
     NO_WEIGHTS,
+    STEP,
+    Core,
     Emitter,
+    Exponent,
     Kernel,
     Move,
     No,
     Op,
     Quantizer,
+    Sums,
     Tape,
     Type,
+    Window,
     anywhere,
     call,
     need,
     no_macs,
+    no_scratch,
     operands,
+    step_op,
 )
 
 
@@ -35,6 +43,25 @@ class AvgPool(Attrs):
     kernel: tuple[int, int]
     stride: tuple[int, int] = (1, 1)
     pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class MaxPool(Attrs):
+    """Maximum over windows; padding never wins. Scale and zero point stay."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class MaxPoolDx(Attrs):
+    """Gradient of ``pool``, whose input had ``in_hw`` pixels: to the element of each window that won. ``moves`` where
+    windows lie apart, so that an element wins at most once; otherwise sums, not yet rounded."""
+
+    pool: MaxPool
+    in_hw: tuple[int, int]
+    moves: bool
 
 
 def _avg_pool_of(node: Node) -> AvgPool:
@@ -77,7 +104,7 @@ def vjp_avg_pool(tape: Tape, node: Node, g: str) -> None:
     tape.reach(node, "x", Move(tape.enter(node, "x", g, 1.0 / (a.kernel[0] * a.kernel[1]))))
 
 
-def quantize_avg_pool(to: Quantizer, node: Node) -> None:
+def quantize_pool(to: Quantizer, node: Node) -> None:
     to.emit(node, to.q(node["x"]))
 
 
@@ -97,7 +124,107 @@ def _avg_pool_scratch(graph: Graph, node: Node) -> int:
     return 4 * graph.values[node["x"]].shape[-1]
 
 
+# --- maximum ----------------------------------------------------------------------------------------------------
+
+MAX_TAPS: Final = 127  # the index of a winner is an int8
+
+
+def _max_pool_of(node: Node) -> MaxPool:
+    a = node.attrs.pool if isinstance(node.attrs, MaxPoolDx) else node.attrs
+    assert isinstance(a, MaxPool)
+    return a
+
+
+def rule_max_pool(node: Node, ins: Bound[Value]) -> tuple[Type, ...]:
+    a = _max_pool_of(node)
+    return (pooled_type(a.kernel, a.stride, a.pads, ins["x"]),)
+
+
+def _rule_winners(node: Node, ins: Bound[Value]) -> tuple[Type, ...]:
+    a = _max_pool_of(node)
+    need(
+        a.kernel[0] * a.kernel[1] <= MAX_TAPS, f"a window has at most {MAX_TAPS} elements, or its winner has no number"
+    )
+    shape, _ = pooled_type(a.kernel, a.stride, a.pads, ins["x"])
+    return ((shape, "s8"),)
+
+
+def _rule_max_pool_dx(node: Node, ins: Bound[Value]) -> tuple[Type, ...]:
+    a, g, winners = node.attrs, ins["g"], ins["winners"]
+    assert isinstance(a, MaxPoolDx)
+    need(winners.dtype == "s8" and len(winners.shape) == 3, "winners are numbers of elements, (H, W, C)")
+    c = winners.shape[2]
+    x = Value("x", (*a.in_hw, c), g.dtype)
+    need(
+        pooled_type(a.pool.kernel, a.pool.stride, a.pool.pads, x)[0] == winners.shape,
+        "there is a winner for each window",
+    )
+    need(g.shape in (winners.shape, (1, 1, c)), "g has the shape of the output")
+    need(not a.moves or _apart(a.pool), "windows that share elements give sums")
+    return (((*a.in_hw, c), g.dtype if a.moves or g.dtype == "f32" else "s32"),)
+
+
+def _apart(a: MaxPool) -> bool:
+    return a.stride[0] >= a.kernel[0] and a.stride[1] >= a.kernel[1]
+
+
+def vjp_max_pool(tape: Tape, node: Node, g: str) -> None:
+    """dL/dx = g at the first element of its window that is the maximum, 0 elsewhere; sums where windows overlap."""
+    a, x, y = _max_pool_of(node), tape.value(node["x"]), tape.value(node.output)
+    if not tape.needs_gradient(x.name):
+        return
+    if a.kernel[0] * a.kernel[1] > MAX_TAPS:
+        raise UnsupportedError(
+            f"{node.layer}: gradients pass windows of at most {MAX_TAPS} elements, not of {a.kernel[0]}x{a.kernel[1]}; "
+            "train no layer before it"
+        )
+    winners = Value(f"{node.name}.winners", y.shape, "s8")
+    read = Operands(x=x.name)
+    tape.keep(Node("max_pool_winners", winners.name, node.layer, read, (winners.name,), a), winners)
+    moves = _apart(a)
+    dtype = tape.gradient if moves else tape.sums
+    out = Value(f"{node.name}.dx", x.shape, dtype, exponent=tape.same_exponent(g))
+    attrs = MaxPoolDx(a, (x.shape[0], x.shape[1]), moves)
+    read = Operands(g=g, winners=winners.name)
+    tape.emit(Node("max_pool_dx", out.name, node.layer, read, (out.name,), attrs), out)
+    wins = -(-a.kernel[0] // a.stride[0]) * -(-a.kernel[1] // a.stride[1])
+    tape.reach(node, "x", Move(out.name) if moves else Sums(out.name, 127 * wins, None, 0))
+
+
+def _windows(node: Node) -> Conv2d:
+    a = _max_pool_of(node)
+    return Conv2d(a.kernel, a.stride, a.pads)
+
+
+def _pool_rows(attrs: Attrs) -> Window:
+    assert isinstance(attrs, MaxPool)
+    return Window(attrs.kernel[0], attrs.stride[0], attrs.pads[0])
+
+
+def _emit_rows(function: str) -> Callable[[Emitter, Node], str]:
+    def emit(e: Emitter, node: Node) -> str:
+        x, y = node["x"], node.output
+        return call(function, pool_table(e, node, _windows(node)), e.view(x), e.view(y), e.rows(e.value(y).shape[0]))
+
+    return emit
+
+
+def emit_max_pool_dx(e: Emitter, node: Node) -> str:
+    a = node.attrs
+    assert isinstance(a, MaxPoolDx)
+    (h, w, c), (oh, ow, _) = e.value(node.output).shape, e.value(node["winners"]).shape
+    table = geometry_table(e, node, _windows(node), Layer((h, w, c), (oh, ow, c)), 0)
+    function = "tl_max_pool_dx_s8" if a.moves else "tl_max_pool_dx_s32"
+    return call(function, table, e.view(node["g"]), e.ptr(node["winners"]), e.ptr(node.output))
+
+
+def _moves(graph: Graph, node: Node, target: Core) -> bool:
+    assert isinstance(node.attrs, MaxPoolDx)
+    return node.attrs.moves
+
+
 _OTHER_SHAPE: Final = No("its output is smaller than its input")
+_NO_LOSS: Final = No("it makes none")
 
 ROWS: Final = (
     Op(
@@ -117,10 +244,81 @@ ROWS: Final = (
         exponent=No("it makes no gradient"),
         refuses=False,
         loss=No("it is a layer"),
-        quantize=quantize_avg_pool,
+        quantize=quantize_pool,
         vjp=vjp_avg_pool,
         takes_reals=is_global,
         fusions=(),
         kernels=(Kernel("tl_avg_pool_s8", anywhere, NO_WEIGHTS, _avg_pool_scratch, _OTHER_SHAPE, emit_avg_pool),),
+    ),
+    Op(
+        name="max_pool",
+        attrs=MaxPool,
+        operands=operands("x"),
+        stores=(),
+        params=(),
+        stages=MODEL,
+        rule=rule_max_pool,
+        data=No("it has no constants"),
+        macs=no_macs,
+        integer=True,
+        activation=No("its kernel has no clamp"),
+        rows=_pool_rows,
+        overwrites=_OTHER_SHAPE,
+        exponent=No("it makes no gradient"),
+        refuses=False,
+        loss=No("it is a layer"),
+        quantize=quantize_pool,
+        vjp=vjp_max_pool,
+        takes_reals=No("which element gets a gradient is a question of integers"),
+        fusions=(),
+        kernels=(
+            Kernel("tl_max_pool_s8", anywhere, NO_WEIGHTS, no_scratch, _OTHER_SHAPE, _emit_rows("tl_max_pool_s8")),
+        ),
+    ),
+    step_op(
+        name="max_pool_winners",
+        attrs=MaxPool,
+        operands=operands("x"),
+        stores=(),
+        stages=STEP,
+        rule=_rule_winners,
+        data=No("it has no constants"),
+        macs=no_macs,
+        rows=_pool_rows,
+        overwrites=_OTHER_SHAPE,
+        exponent=No("it is made of activations"),
+        refuses=False,
+        loss=_NO_LOSS,
+        fusions=(),
+        kernels=(
+            Kernel(
+                "tl_max_pool_winners_s8",
+                anywhere,
+                NO_WEIGHTS,
+                no_scratch,
+                _OTHER_SHAPE,
+                _emit_rows("tl_max_pool_winners_s8"),
+            ),
+        ),
+    ),
+    step_op(
+        name="max_pool_dx",
+        attrs=MaxPoolDx,
+        operands=operands("g", "winners"),
+        stores=(),
+        stages=STEP,
+        rule=_rule_max_pool_dx,
+        data=No("it has no constants"),
+        macs=no_macs,
+        rows=No("gradients run over whole maps"),
+        overwrites=No("its output is larger than its input"),
+        exponent=Exponent.OF_G,
+        refuses=False,
+        loss=_NO_LOSS,
+        fusions=(),
+        kernels=(
+            Kernel("tl_max_pool_dx_s8", _moves, NO_WEIGHTS, no_scratch, No("it is larger"), emit_max_pool_dx),
+            Kernel("tl_max_pool_dx_s32", anywhere, NO_WEIGHTS, no_scratch, No("it is larger"), emit_max_pool_dx),
+        ),
     ),
 )

@@ -83,7 +83,13 @@ void tl_add_s8(const tl_add *p, tl_view a, tl_view b, tl_view y, int32_t width, 
  * dil and groups of c are ignored; in_c = out_c. Scratch: tl_avg_pool_scratch = 4 * C bytes. */
 void tl_avg_pool_s8(const tl_conv *c, tl_view x, tl_view y, int32_t y0, int32_t y1, void *scratch);
 
+/* Maximum over windows; padding never wins. Output rows y0..y1-1. dil and groups of c are ignored; in_c = out_c. */
+void tl_max_pool_s8(const tl_conv *c, tl_view x, tl_view y, int32_t y0, int32_t y1);
+
 /* ---- what the forward pass keeps ---- */
+
+/* The number, row by row from 0, of the element of each window that is its maximum, the first of equals; kh kw <= 127. */
+void tl_max_pool_winners_s8(const tl_conv *c, tl_view x, tl_view winners, int32_t y0, int32_t y1);
 
 /* A gradient passes where the mask is 1. bits: packed, element i of the H x W x C order is bit i % 8 of byte i / 8.
  * Otherwise y, if not NULL: a plain H x W x C buffer, the mask is lo < y < hi. Both NULL: everything passes. */
@@ -137,6 +143,11 @@ typedef struct {
 tl_status tl_enter_grad_s8(tl_step *step, uint32_t site, float *v, int32_t n, float factor, int8_t *r, int16_t *e);
 /* out = r where the mask is 1, else 0; H x W x C. out may be r, if that is plain. */
 void tl_mask_grad_s8(tl_view r, tl_mask mask, int32_t height, int32_t width, int32_t channels, int8_t *out);
+
+/* Gradient of a maximum over windows: each r at the element that won, 0 elsewhere, in_h x in_w x in_c. winners as above, a
+ * plain out_h x out_w x in_c buffer. _s8 for windows that lie apart, _s32 sums what an element has won. */
+void tl_max_pool_dx_s8(const tl_conv *c, tl_view r, const int8_t *winners, int8_t *rx);
+void tl_max_pool_dx_s32(const tl_conv *c, tl_view r, const int8_t *winners, int32_t *acc);
 
 /* The rounding site of a gradient tensor: its number, its state rho, where e_x = A + rho - 6 is written, further gradients
  * (n of them, in the order of the consumers), mask. */
