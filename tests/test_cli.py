@@ -283,6 +283,8 @@ def broken_set(root: Path, content: bytes | None) -> Path:
 
 REFUSED: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
     "unknown scheme": (lambda r: ["--scheme", "99kg"], 2, "scheme '99kg'"),
+    "rate below float32": (lambda r: ["--lr", "1e-60"], 2, "learning rate 1e-60: too small for float32; give at least"),
+    "divergence": (lambda r: ["--on-divergence", "hope"], 2, "on divergence 'hope': give stop or warn"),
     "NaN rate": (lambda r: ["--lr", "nan"], 2, "learning rate nan: give a finite number above 0"),
     "rate that is none": (lambda r: ["--lr", "fast"], 2, "'--lr'"),
     "no epoch": (lambda r: ["--epochs", 0], 2, "epochs 0"),
@@ -385,6 +387,60 @@ def test_resume_with_another_rate_is_refused(files: Path, tmp_path: Path, run: R
     code, error, _ = run(*train_args(files, tmp_path, "--epochs", 1, "--lr", 0.5, "--resume"))
     assert code == 2
     assert "the run has other settings: lr was 0.001953125, now 0.5" in error["error"]
+
+
+def test_resume_on_changed_images_is_refused(files: Path, tmp_path: Path, run: Run) -> None:
+    """Every pixel of one image changes, and neither its name nor its size."""
+    copy = tmp_path / "set"
+    for f in (files / "set").rglob("*.png"):
+        place = (copy / f.relative_to(files / "set")).with_suffix(".bmp")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        PilImage.open(f).save(place)
+    args = [*train_args(files, tmp_path / "run", "--epochs", 1), "--data", copy]
+    assert run(*args)[0] == 0
+    image = copy / "train" / "red" / "0.bmp"
+    PilImage.effect_noise((12, 12), 90).convert("RGB").save(image)
+    for more in ([], ["--resume"]):
+        code, error, _ = run(*args, *more)
+        assert code == 2
+        assert "data was" in error["error"]
+        assert "(images, labels or names of classes have changed since)" in error["error"]
+
+
+def test_a_rate_that_is_too_high_ends_a_run(files: Path, tmp_path: Path, run: Run) -> None:
+    code, error, err = run(*train_args(files, tmp_path / "stop", "--lr", 1000, "--epochs", 5))
+    assert (code, error["exit_code"]) == (5, 5)
+    assert "of the trained weights sit at the clamp" in error["error"]
+    assert "start again with a lower --lr than 1e+03" in error["error"]
+    args = train_args(files, tmp_path / "warn", "--lr", 1000, "--epochs", 5, "--on-divergence", "warn")
+    code, found, err = run(*args)
+    assert code == 0
+    assert found["diverged"]
+    assert found["clamped"] > 0.5
+    assert "lower --lr than 1e+03" in found["warnings"][0]
+    assert "warning: epoch 1, step 24: training has diverged" in err
+    assert main([*map(str, args)]) == 0
+
+
+def test_a_finished_run_says_so(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = [str(a) for a in train_args(files, tmp_path, "--epochs", 1)]
+    assert main(args) == 0
+    capsys.readouterr()
+    assert main(args) == 0
+    out, err = capsys.readouterr()
+    assert "this run had finished before, with these settings: nothing was done" in out
+    assert "has already finished with these settings" in err
+    assert main([*args, "--lr", "0.01"]) == 2
+    assert "holds a finished run with other settings: lr was" in capsys.readouterr().err
+
+
+def test_sizes_that_no_chip_takes_are_refused(files: Path, run: Run) -> None:
+    args = ["plan", "--model", files / "chain.json", "--scheme", "head", "--classes", 3, "--size"]
+    for size in (4097, 32768, 10**30):
+        code, error, _ = run(*args, size)
+        assert code == 2
+        assert f"--size {size}: no microcontroller takes such images; give at most 4096" in error["error"]
+    assert run(*args, 64)[0] == 0
 
 
 @pytest.mark.parametrize(
