@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -258,6 +259,61 @@ def test_ctrl_c_saves_and_resume_ends_in_the_same_bytes(files: Path, tmp_path: P
     assert resumed["steps"] == 100 * 24
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_every_command_alike(
+    files: Path, run: Run, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+    monkeypatch.setattr(prepare_module, "load_model", lambda path: signal.raise_signal(number))
+    code, error, err = run("import", files / "chain.json")
+    assert (code, error["exit_code"]) == (130, 130)
+    assert err == f"error: stopped by {number.name}\n"
+    assert signal.getsignal(number) is before
+
+
+def test_a_command_started_with_nohup_ignores_the_end_of_its_terminal(
+    files: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = prepare_module.load_model
+
+    def hang_up(path: Path) -> Any:
+        signal.raise_signal(signal.SIGHUP)
+        return real(path)
+
+    monkeypatch.setattr(prepare_module, "load_model", hang_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run("import", files / "chain.json")[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_closes_loses_nothing(files: Path, tmp_path: Path) -> None:
+    """What a run prints then goes nowhere; what it has reached is saved."""
+    args = [sys.executable, "-m", "trainlet", *map(str, train_args(files, tmp_path, "--epochs", 2000))]
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(args[0], args)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "state.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.close(terminal)
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 130
+    steps = [statefile.load(tmp_path / f"{name}.safetensors").arrays["step"] for name in ("state", "checkpoint")]
+    assert steps[0] == steps[1] > 0
+    assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_an_output_that_is_full_is_an_error(files: Path, more: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        args = [sys.executable, "-m", "trainlet", "import", str(files / "chain.json"), *more]
+        done = subprocess.run(args, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: No space left on device; make room and start again\n"
+
+
 # --- what is refused ----------------------------------------------------------------------------------------
 
 
@@ -441,6 +497,18 @@ def test_sizes_that_no_chip_takes_are_refused(files: Path, run: Run) -> None:
         assert code == 2
         assert f"--size {size}: no microcontroller takes such images; give at most 4096" in error["error"]
     assert run(*args, 64)[0] == 0
+
+
+def test_paths_that_are_no_text_are_shown(files: Path, tmp_path: Path) -> None:
+    out = os.fsencode(tmp_path) + b"/caf\xe9"
+    args = [sys.executable, "-m", "trainlet", *map(str, train_args(files, tmp_path, "--epochs", 1))]
+    args = [a.encode() for a in args]
+    args[args.index(os.fsencode(tmp_path))] = out
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(args, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"caf\\udce9" in done.stdout
+    assert os.path.exists(out + b"/state.safetensors")
 
 
 @pytest.mark.parametrize(
