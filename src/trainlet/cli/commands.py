@@ -7,7 +7,7 @@ import functools
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -26,6 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Trains int8 neural networks on microcontrollers: compiles a training step to C, and runs that C here.",
 )
+
+
+MAX_SIDE: Final = 4096  # pixels: an image of that size alone has 48 MiB
 
 
 class StoppedError(Exception):
@@ -168,6 +171,10 @@ def prepare_model(
     from trainlet.cli.prepare import load_model, prepare, resolve_scheme
     from trainlet.frontends import at_size
 
+    if pixels is not None and pixels > MAX_SIDE:
+        raise UsageError(
+            f"--size {pixels}: no microcontroller takes such images; give at most {MAX_SIDE} pixels a side"
+        )
     graph = load_model(model)
     chosen = resolve_scheme(scheme, graph, bits)
     sized = graph if pixels is None else at_size(graph, pixels, pixels)
@@ -211,7 +218,14 @@ def train(
     resize: Annotated[str, typer.Option(help="crop (shorter side, then the center) or squeeze.")] = "crop",
     augment: Annotated[str, typer.Option(help="crop, flip or crop,flip: drawn anew for each image and epoch.")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard an unfinished run in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard what is in --out, and begin again.")] = False,
+    on_divergence: Annotated[
+        str,
+        typer.Option(
+            help="Where the loss or the share of weights at the clamp explodes: stop at the last good state, "
+            "or warn and go on."
+        ),
+    ] = "stop",
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute the frozen prefix at every step.")] = False,
     sram: Sram = None,
     on: Place = "host",
@@ -222,7 +236,8 @@ def train(
     """Train a model on labelled images, in generated C."""
     from trainlet.cli.prepare import check_sram, choose_target, load_model, prepare, prepare_out, resolve_scheme
     from trainlet.train.data import Transform
-    from trainlet.train.loop import Run, TrainConfig, default_lr
+    from trainlet.train.loop import TrainConfig, default_lr
+    from trainlet.train.run import Run
     from trainlet.train.statefile import StateMeta
 
     words = tuple(w.strip() for w in augment.split(",") if w.strip())
@@ -232,7 +247,7 @@ def train(
     graph = load_model(model)
     chosen = resolve_scheme(scheme, graph, bits)
     rate = default_lr(chosen) if lr is None else lr
-    config = TrainConfig(epochs, rate, seed, limit, words, cache=not no_cache)
+    config = TrainConfig(epochs, rate, seed, limit, words, cache=not no_cache, on_divergence=on_divergence)
     dataset = _dataset(data, Transform(_shape(graph), resize, words))
     prepare_out(out)
     p = prepare(graph, chosen, len(dataset.classes), input)
@@ -246,7 +261,10 @@ def train(
     run = Run(session, dataset, config, out, meta, facts=facts, progress=RichProgress())
     result = {**run.start(resume=resume, overwrite=overwrite), **measured()}
     tables = [memory_table(p), _result_table(result), *measured_table(measured())]
-    return Report(result, tables, [f"trained state: {result['state']}"])
+    lines = [f"warning: {text}" for text in result["warnings"]]
+    if result["already_finished"]:
+        lines.append("this run had finished before, with these settings: nothing was done, --overwrite begins it again")
+    return Report(result, tables, [*lines, f"trained state: {result['state']}"])
 
 
 def _result_table(r: dict[str, Any]) -> Table:
@@ -254,7 +272,9 @@ def _result_table(r: dict[str, Any]) -> Table:
         ("validation accuracy", f"{r['val_accuracy']:.4f}"),
         ("best", f"{r['best_val_accuracy']:.4f} (epoch {r['best_epoch']})"),
         ("training loss", f"{r['train_loss']:.4f}"),
+        ("loss of a guess, ln(classes)", f"{r['chance_loss']:.4f}"),
         ("saturated gradients", f"{r['saturated']:.3%}"),
+        ("weights at the clamp", f"{r['clamped']:.3%}"),
         ("images per second", f"{r['images_per_second']:.1f}"),
         ("seconds", f"{r['seconds']:.1f}"),
         ("prefix cache", size(r["cache_bytes"])),
