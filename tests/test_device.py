@@ -29,9 +29,9 @@ from trainlet.session.host import HostSession
 from trainlet.toolchain import chip as device_module
 from trainlet.toolchain.chip import build_device
 from trainlet.toolchain.find import ARM_GCC_VARIABLE, doctor, find_arm_gcc, libgcc
-from trainlet.toolchain.package import synthetic_image
 from trainlet.toolchain.stack import stack_bound
 from trainlet.toolchain.targets import TARGETS, find_target, parse_size, with_limits
+from trainlet.toolchain.vectors import synthetic_image
 
 M7 = TARGETS["stm32f746"]
 LR = 0.01

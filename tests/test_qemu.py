@@ -25,8 +25,8 @@ from trainlet.session.qemu import BOARDS, QemuMachine, QemuSession, Region, boar
 from trainlet.toolchain import chip as device_module
 from trainlet.toolchain.find import find_qemu
 from trainlet.toolchain.host import kernel_sources
-from trainlet.toolchain.package import synthetic_image
 from trainlet.toolchain.targets import TARGETS, with_limits
+from trainlet.toolchain.vectors import synthetic_image
 
 M7 = TARGETS["stm32f746"]
 LR = 0.01

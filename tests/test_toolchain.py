@@ -22,10 +22,10 @@ from trainlet.toolchain import armcc
 from trainlet.toolchain.armcc import Gcc, Zig, find_arm_compiler, object_call_graph
 from trainlet.toolchain.chip import FLAGS
 from trainlet.toolchain.find import ARM_GCC, ARM_GCC_VARIABLE, doctor, find_arm_gcc, find_zig
-from trainlet.toolchain.package import synthetic_image
 from trainlet.toolchain.stack import stack_bound
 from trainlet.toolchain.targets import TARGETS, Target, with_limits
 from trainlet.toolchain.thumb import call_before, call_target, instructions, is_register_call, is_register_jump
+from trainlet.toolchain.vectors import synthetic_image
 
 ZIG_IS_THERE = importlib.util.find_spec("ziglang") is not None
 

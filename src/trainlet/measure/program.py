@@ -19,7 +19,6 @@ from trainlet.measure.cycles import CORE, LEFT_OUT, CycleEstimate, estimate
 from trainlet.session.emulator import EmulatorSession
 from trainlet.toolchain.chip import Firmware
 from trainlet.toolchain.host import kernel_sources
-from trainlet.toolchain.package import LR, synthetic_image
 from trainlet.toolchain.sizes import (
     FLASH_PURPOSES,
     OTHER,
@@ -31,6 +30,7 @@ from trainlet.toolchain.sizes import (
     spread,
 )
 from trainlet.toolchain.targets import Target
+from trainlet.toolchain.vectors import LR, synthetic_image
 
 SEED: Final = 0
 _WIDEST: Final = 8  # the largest alignment of a section

@@ -12,28 +12,20 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from trainlet._version import __version__
-from trainlet.emit import Compiled, c_float
+from trainlet.emit import Compiled
 from trainlet.errors import UsageError
-from trainlet.plan.state import StateCodec
-from trainlet.reference import initial_state, train_step
 from trainlet.toolchain.chip import FLAGS, Firmware, build_device, link_script, port_sources
 from trainlet.toolchain.find import ARM_HINT
 from trainlet.toolchain.host import kernel_sources
 from trainlet.toolchain.targets import Target
+from trainlet.toolchain.vectors import expected, expected_header, expected_json
 
-STEPS = 2
-SEED = 17
-LR = float(np.float32(0.1 / 256))
-API_VERSION = 1
+API_VERSION: Final = 1
 STACK_BYTES: Final = 4096
 """Of the example on a chip: room for any compiler's version of the engine, and for what a user adds."""
 _FOR_A_CHIP: Final = ("startup.c", "memory.c", "string.h")
@@ -42,51 +34,6 @@ _CHIP_NOTES: Final = {
     "SDK and not in here: link the library and `examples/device/main.c` into a project of that SDK.",
     "lab": "There is no such chip: it stands for a Cortex-M7 with room for everything, to be emulated.",
 }
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What the reference executor got on the synthetic images."""
-
-    losses: tuple[float, ...]
-    predictions: tuple[int, ...]
-    logits: tuple[tuple[float, ...], ...]
-    state: bytes
-
-
-def synthetic_image(shape: tuple[int, ...], t: int) -> NDArray[np.int8]:
-    """Image ``t`` of the test vectors, int8 (H, W, C), by a formula that C repeats."""
-    h, w, c = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
-    return ((7 * h + 13 * w + 29 * c + 31 * t + h * w * t // 64) % 256 - 128).astype(np.int8)
-
-
-def expected(compiled: Compiled) -> Expected:
-    """Runs the training steps of the test vectors in the reference executor."""
-    graph = compiled.train
-    shape = graph.values[graph.inputs[0]].shape
-    classes = graph.values[graph.outputs[0]].size
-    state = initial_state(graph, SEED)
-    results = [train_step(graph, state, synthetic_image(shape, t), t % classes, LR) for t in range(STEPS)]
-    raw = StateCodec(compiled.graph, compiled.layout).pack_values(SEED, STEPS, state.arrays)
-    return Expected(
-        tuple(float(r.loss) for r in results),
-        tuple(int(r.prediction) for r in results),
-        tuple(tuple(float(v) for v in r.logits) for r in results),
-        raw,
-    )
-
-
-def _expected_header(e: Expected) -> str:
-    rows = [e.state[i : i + 24] for i in range(0, len(e.state), 24)]
-    body = "\n".join("    " + ", ".join(map(str, r)) + "," for r in rows)
-    return (
-        "/* SPDX-License-Identifier: Apache-2.0 */\n"
-        "/* What the reference executor got: the same steps must leave these bytes. */\n"
-        f"#define EXPECTED_STEPS {STEPS}\n#define EXPECTED_SEED {SEED}u\n#define EXPECTED_LR {c_float(LR)}\n\n"
-        f"static const float expected_loss[] = {{{', '.join(map(c_float, e.losses))}}};\n"
-        f"static const int expected_prediction[] = {{{', '.join(map(str, e.predictions))}}};\n"
-        f"static const unsigned char expected_state[{len(e.state)}] = {{\n{body}\n}};\n"
-    )
 
 
 def _template(name: str, compiled: Compiled, target: Target | None) -> str:
@@ -165,7 +112,7 @@ def link_example(compiled: Compiled, target: Target, stack_bytes: int | None = S
     """Builds the example for a chip as the folder would; ``stack_bytes`` None: what its deepest calls need.
     OverBudgetError where it does not fit; ToolMissingError where that cannot be found out."""
     headers = {
-        "expected.h": _expected_header(expected(compiled)), "synthetic.h": _template("synthetic.h", compiled, target),
+        "expected.h": expected_header(expected(compiled)), "synthetic.h": _template("synthetic.h", compiled, target),
     }  # fmt: skip
     main = _template("device.c", compiled, target)
     for name, text in headers.items():  # as one file, since a new header would have all kernels compiled anew
@@ -176,8 +123,6 @@ def link_example(compiled: Compiled, target: Target, stack_bytes: int | None = S
 def package_files(compiled: Compiled, command: str, target: Target | None = None) -> dict[str, bytes]:
     """All files of the folder by relative path, ``manifest.json`` included; with those for ``target`` if given."""
     e = expected(compiled)
-    vectors = {"seed": SEED, "lr": LR, "steps": STEPS, "loss": e.losses}
-    vectors |= {"prediction": e.predictions, "logits": e.logits}
     text: dict[str, str] = {
         **{f"src/{k}": v for k, v in kernel_sources().items()},
         **{f"src/{k}": v for k, v in compiled.sources.files.items()},
@@ -185,8 +130,8 @@ def package_files(compiled: Compiled, command: str, target: Target | None = None
         "CMakeLists.txt": _template("CMakeLists.txt", compiled, target),
         "examples/host/main.c": _template("main.c", compiled, target),
         "test_vectors/synthetic.h": _template("synthetic.h", compiled, target),
-        "test_vectors/expected.h": _expected_header(e),
-        "test_vectors/expected.json": json.dumps(vectors, indent=2) + "\n",
+        "test_vectors/expected.h": expected_header(e),
+        "test_vectors/expected.json": expected_json(e),
         "scheme.json": compiled.scheme.to_json(),
         "README.md": _readme(compiled, command, target),
     }
