@@ -79,6 +79,7 @@ class Program:
             "state_bytes": self.compiled.state_bytes,
             **{f"ram_{k}_bytes": v for k, v in self.ram.items()},
             "stack_reserved_bytes": self.firmware.stack_bytes,
+            "sram_needed_bytes": self.firmware.sram_bytes,
             **{f"flash_{k}_bytes": v for k, v in self.flash.items()},
             "sections": self.firmware.sections,
         }

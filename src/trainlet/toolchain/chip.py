@@ -24,7 +24,7 @@ from trainlet.toolchain.cache import digest, entry, workplace
 from trainlet.toolchain.find import M7_HINT
 from trainlet.toolchain.host import STRICT, compiler_failed, kernel_sources, run_compiler
 from trainlet.toolchain.sizes import RAM_PURPOSES, Section, Symbol, ram_purpose, spread
-from trainlet.toolchain.stack import stack_bound
+from trainlet.toolchain.stack import stack_reserve
 from trainlet.toolchain.targets import Pool, Target
 
 FLAGS: Final = (
@@ -71,6 +71,11 @@ class Firmware:
     def stack_bytes(self) -> int:
         """SRAM that is reserved for the stack."""
         return self.sections.get(".stack", 0)
+
+    @property
+    def sram_bytes(self) -> int:
+        """SRAM that has to be there: what is taken from the start, and all that the stack may grow to."""
+        return self.static_bytes + self.stack_bytes
 
     @property
     def flash_bytes(self) -> int:
@@ -194,7 +199,7 @@ def build_device(
     compiled: Compiled, target: Target, *, stack_bytes: int | None = None, startup: str = "", main: str = ""
 ) -> Firmware:
     """Compiles and links ``compiled`` for ``target``; the ELF is cached by all that determines it. ``stack_bytes``, a
-    multiple of 8, is what its deepest calls need if not given; ``startup`` is a line put before startup.c; ``main`` is
+    multiple of 8, is that of ``stack_reserve`` if not given; ``startup`` is a line put before startup.c; ``main`` is
     the text of a main.c other than the one that serves the mailbox. OverBudgetError where the linker says that it does
     not fit, ToolMissingError without a compiler."""
     if stack_bytes is not None and (stack_bytes <= 0 or stack_bytes % 8):
@@ -212,7 +217,7 @@ def build_device(
     linker = _Linker(compiler, target.flags, tuple(objects.values()))
     if stack_bytes is None:
         graphs = (o.with_suffix(".graph").read_text() for o in objects.values())
-        stack_bytes = stack_bound(graphs, "tl_port_start", _POINTERS, compiler.helper_bytes)
+        stack_bytes = stack_reserve(graphs, "tl_port_start", _POINTERS, compiler.helper_bytes)
     names = (objects[f"{prefix}.c"].name, objects["model.c"].name)
     script = link_script(target, stack_bytes, *names)
 
@@ -273,7 +278,7 @@ class _Linker:
 
 
 def _too_large(compiled: Compiled, target: Target, large: Firmware) -> str:
-    sram, flash = large.static_bytes + large.stack_bytes, large.flash_bytes
+    sram, flash = large.sram_bytes, large.flash_bytes
     kinds = (("SRAM", sram, target.sram_bytes), ("flash", flash, target.flash_bytes))
     short = [f"{n} bytes of {kind} are needed, {has} are there" for kind, n, has in kinds if n > has]
     sizes = ", ".join(f"{name} {n}" for name, n in large.sections.items())
