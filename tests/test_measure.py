@@ -20,11 +20,11 @@ from trainlet.compiler import Compiled, compile_inference
 from trainlet.errors import MismatchError
 from trainlet.frontends import attach_head
 from trainlet.frontends import graph_file as irfile
-from trainlet.measure import cycles
 from trainlet.measure import program as measure_module
 from trainlet.measure.program import Measurement, Program, flash_by_purpose, measure
 from trainlet.session.emulator import EmulatorSession
 from trainlet.toolchain import chip as device_module
+from trainlet.toolchain import find
 from trainlet.toolchain.chip import Firmware, build_device
 from trainlet.toolchain.sizes import (
     FLASH_PURPOSES,
@@ -320,7 +320,7 @@ def test_a_missing_estimate_says_why(
     assert code == 0
     assert (got["target"], got["estimated_cycles_per_step"]) == ("rp2040", None)
     assert "for cortex-m7 only, and rp2040 is a cortex-m0plus" in got["estimate"]
-    monkeypatch.setattr(cycles, "_candidates", lambda: iter(()))
+    monkeypatch.setattr(find, "_mca_candidates", lambda: iter(()))
     assert main([*map(str, plan_args(model, "--measure"))]) == 0
     assert "no estimate of cycles: llvm-mca was not found; on Debian: apt-get" in capsys.readouterr().out
 

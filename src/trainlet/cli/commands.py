@@ -91,12 +91,13 @@ def import_(
     """Read a model file and say what is in it."""
     from trainlet.cli.prepare import load_model, prepare_out, summary
     from trainlet.frontends import graph_file as irfile
+    from trainlet.names import file_name
 
     graph = load_model(file)
     data = summary(graph)
     lines = []
     if out is not None:
-        path = prepare_out(out) / f"{graph.name}.json"
+        path = prepare_out(out) / f"{file_name(graph.name)}.json"
         irfile.save(graph, path)
         data["graph"] = str(path)
         lines.append(f"wrote {path} and {path.with_suffix('.safetensors').name} beside it")

@@ -7,10 +7,6 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
-from importlib import resources
-from pathlib import Path
-from typing import Final
 
 import numpy as np
 
@@ -20,18 +16,10 @@ from trainlet.emit.emitter import Emitter, c_float, c_name, comment
 from trainlet.emit.statement import REFUSES, function, statement
 from trainlet.errors import UnsupportedError
 from trainlet.ir.graph import Graph, Kind, Node, Stage
+from trainlet.names import is_reserved, shortened
 from trainlet.plan.arena import MemoryPlan, feeds
 from trainlet.plan.prefix import prefix_length
 from trainlet.plan.state import StateLayout
-
-_HEADERS: Final = frozenset((
-    "assert", "complex", "ctype", "errno", "fenv", "float", "inttypes", "iso646", "limits", "locale", "math", "setjmp",
-    "signal", "stdarg", "stdbool", "stddef", "stdint", "stdio", "stdlib", "string", "tgmath", "time", "wchar", "wctype",
-    "alloca", "endian", "features", "malloc", "newlib", "reent", "unistd",
-))  # fmt: skip
-"""Of C99 and of what they include; a model's header of that name would be found in their place."""
-_BUILD: Final = frozenset(("all", "clean", "example", "expected", "firmware", "help", "install", "package", "test"))
-"""Targets and files of the build of a compiled folder."""
 
 
 @dataclass(frozen=True)
@@ -80,18 +68,11 @@ def _init_table(e: Emitter) -> list[str]:
     return rows
 
 
-def file_name(name: str) -> str:
-    """What the files of a model are called, and its C names begin with: a C identifier that is the name of no file of
-    the engine, of no header of C and of no target of a build."""
-    ident = c_name(name)
-    return f"m_{ident}" if ident.lower() in _HEADERS | _BUILD | _engine() else ident
-
-
-@cache
-def _engine() -> frozenset[str]:
-    """All names of C files that may lie beside a model's."""
-    folders = [f for f in (resources.files("trainlet") / "csrc").iterdir() if f.is_dir()]
-    return frozenset(Path(f.name).stem for folder in folders for f in folder.iterdir())
+def source_name(name: str) -> str:
+    """What the files of a model are called, and its C names begin with: a short C identifier that takes nobody's
+    place."""
+    ident = shortened(c_name(name))
+    return f"m_{ident}" if is_reserved(ident) else ident
 
 
 def emit(graph: Graph, plan: MemoryPlan, layout: StateLayout, model_hash: str) -> Sources:
@@ -103,7 +84,7 @@ def emit(graph: Graph, plan: MemoryPlan, layout: StateLayout, model_hash: str) -
     rings = dict(ring for n in streams if isinstance(n.attrs, Stream) for ring in n.attrs.rings)
     feed = feeds(graph)
     e = Emitter(graph.flat(), plan, layout, rings)
-    name = file_name(graph.name)
+    name = source_name(graph.name)
     streaming = "".join(stream_text(e, n) for n in streams)
     functions = "\n".join(_section(e, k, v) for k, v in _sections(graph).items())
     init = _init_table(e)
