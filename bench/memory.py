@@ -21,8 +21,8 @@ from trainlet.errors import TrainletError
 from trainlet.frontends import at_size, attach_head, load
 from trainlet.ir.graph import Graph
 from trainlet.session.emulator import EmulatorSession
-from trainlet.toolchain.package import LR, synthetic_image
 from trainlet.toolchain.targets import find_target
+from trainlet.toolchain.vectors import LR, synthetic_image
 
 CLASSES = 10
 SCHEMES = {

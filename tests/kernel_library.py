@@ -136,7 +136,7 @@ def _library(build: str, changes: tuple[tuple[str, tuple[str, str]], ...]) -> ct
         sources = write_sources(folder, dict(changes))
         made = folder / "kernels.so"
         warnings = () if changes else WARNINGS  # a fault may leave a variable unused
-        command = [find_compiler(), *FLAGS, *warnings, *BUILDS[build], "-shared", *sources, "-o", str(made)]
+        command = [*find_compiler(), *FLAGS, *warnings, *BUILDS[build], "-shared", *sources, "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         lib = ctypes.CDLL(str(made))

@@ -48,7 +48,7 @@ def _write(folder: Path, files: Mapping[str, str]) -> None:
 
 
 def _cc(*args: str | Path) -> None:
-    done = subprocess.run([build.find_compiler(), *map(str, args)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*build.find_compiler(), *map(str, args)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

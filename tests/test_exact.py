@@ -340,7 +340,7 @@ int main(int argc, char **argv)
 
 
 def _cc(*args: str | Path) -> None:
-    done = subprocess.run([build.find_compiler(), *map(str, args)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*build.find_compiler(), *map(str, args)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -67,7 +67,7 @@ def build(folder: Path, kind: str, old: str = "", new: str = "") -> ctypes.CDLL:
     (folder / "tl_math.h").write_text(header.replace(old, new) if old else header)
     (folder / "shim.c").write_text(SHIM)
     made, flags = folder / f"{kind}.so", (*FLAGS, *(() if old else WARNINGS), *BUILDS[kind])
-    subprocess.run([find_compiler(), *flags, "-shared", str(folder / "shim.c"), "-o", str(made)], check=True)
+    subprocess.run([*find_compiler(), *flags, "-shared", str(folder / "shim.c"), "-o", str(made)], check=True)
     lib = ctypes.CDLL(str(made))
     lib.probe_key.restype = lib.probe_word.restype = c_uint32
     return lib

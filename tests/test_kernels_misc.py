@@ -152,7 +152,7 @@ def _sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Python with the runtime of the address sanitizer loaded first, and plain malloc behind its objects."""
     cc = find_compiler()
     runtime = [
-        subprocess.run([cc, f"-print-file-name={n}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run([*cc, f"-print-file-name={n}"], capture_output=True, text=True, check=True).stdout.strip()
         for n in ("libasan.so", "libubsan.so")
     ]
     env = {

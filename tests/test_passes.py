@@ -17,7 +17,7 @@ from trainlet.autodiff.scheme import resolve
 from trainlet.compiler import Passes, compile_model
 from trainlet.frontends import attach_head, load
 from trainlet.session.host import HostSession
-from trainlet.toolchain.package import LR, synthetic_image
+from trainlet.toolchain.vectors import LR, synthetic_image
 from trainlet.train.statefile import state_sha256
 
 NONE = Passes(*(False,) * 5)

@@ -13,7 +13,7 @@ import typer
 
 from trainlet._version import __version__
 from trainlet.cli.output import Report, RichProgress, Table, grouped, size
-from trainlet.errors import ToolMissingError, UnsupportedError, UsageError
+from trainlet.errors import OverBudgetError, ToolMissingError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from trainlet.cli.prepare import Prepared
@@ -94,12 +94,13 @@ def import_(
     """Read a model file and say what is in it."""
     from trainlet.cli.prepare import load_model, prepare_out, summary
     from trainlet.frontends import graph_file as irfile
+    from trainlet.names import file_name
 
     graph = load_model(file)
     data = summary(graph)
     lines = []
     if out is not None:
-        path = prepare_out(out) / f"{graph.name}.json"
+        path = prepare_out(out) / f"{file_name(graph.name)}.json"
         irfile.save(graph, path)
         data["graph"] = str(path)
         lines.append(f"wrote {path} and {path.with_suffix('.safetensors').name} beside it")
@@ -121,17 +122,24 @@ def compile_(
     ] = None,
     sram: Sram = None,
     flash: Flash = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Lose what was changed of the files of an earlier compile in --out.")
+    ] = False,
     json: Json = False,
 ) -> Report:
-    """Write the C of inference and training, ready to build here or for a chip."""
+    """Write the C of inference and training, ready to build here or for a chip.
+
+    The folder of an earlier compile is written anew. What you changed of its README and examples is kept, as are files
+    of yours; it refuses where others of its files were changed, and any folder that it did not write."""
     from trainlet.cli.prepare import check_sram, choose_target, prepare_out
+    from trainlet.toolchain.folder import check_folder
     from trainlet.toolchain.package import write_package
     from trainlet.toolchain.targets import find_target
 
     if target is None and flash is not None:
         raise UsageError("--flash: nothing is built for a chip; give --target too")
     chip = choose_target(find_target(target).core, target, sram, flash) if target else None
-    prepare_out(out)
+    check_folder(prepare_out(out))
     p = prepare_model(model, scheme, classes, bits, input)
     if chip is None:
         check_sram(p, sram)
@@ -141,28 +149,42 @@ def compile_(
     words += ["--bits", str(p.scheme.bits), "--input", input]
     if chip is not None:
         words += ["--target", chip.name, "--sram", str(chip.sram_bytes), "--flash", str(chip.flash_bytes)]
-    write_package(p.compiled, out, shlex.join(words), chip)
-    data = {**p.facts(), "classes": classes, "out": str(out), **facts}
+    kept = write_package(p.compiled, out, shlex.join(words), chip, overwrite=overwrite).kept
+    lines += [f"kept as you changed it: {name}; --overwrite writes it anew" for name in kept]
+    data = {**p.facts(), "classes": classes, "out": str(out), "kept": kept, **facts}
     return Report(data, [memory_table(p), *tables], [*lines, f"wrote {out}"])
 
 
 def _linked(p: Prepared, chip: Target) -> tuple[dict[str, Any], list[Table], list[str]]:
-    """JSON, tables and lines of the example for a chip as it was linked; without the tools for that nothing is known.
-    OverBudgetError where it does not fit."""
-    from trainlet.toolchain.package import link_example
+    """JSON, tables and lines of the program for a chip, the same that `plan` measures; without the tools for that
+    nothing is known. OverBudgetError where it does not fit."""
+    from trainlet.toolchain.chip import build_device
 
     facts = {"target": chip.name, "sram_bytes": chip.sram_bytes, "flash_limit_bytes": chip.flash_bytes}
     try:
-        found = link_example(p.compiled, chip)
+        found = build_device(p.compiled, chip)
     except ToolMissingError as e:
         return {**facts, "linked": False}, [], [f"whether it fits {chip.name} was not checked: {e}"]
+    example, lines = _example(p, chip)
     sizes = {
         "static_bytes": found.static_bytes,
         "stack_reserved_bytes": found.stack_bytes,
+        "sram_needed_bytes": found.sram_bytes,
         "flash_bytes": found.flash_bytes,
+        **example,
     }
-    table = Table(f"the example, linked for {chip.name}", (), [(spaced(k), size(v)) for k, v in sizes.items()])
-    return {**facts, "linked": True, **sizes}, [table], []
+    table = Table(f"linked for {chip.name}", (), [(spaced(k), size(v)) for k, v in sizes.items()])
+    return {**facts, "linked": True, **sizes}, [table], lines
+
+
+def _example(p: Prepared, chip: Target) -> tuple[dict[str, int], list[str]]:
+    """Flash of the example, whose test vectors come on top of the model, and what there is to say."""
+    from trainlet.toolchain.package import link_example
+
+    try:
+        return {"example_flash_bytes": link_example(p.compiled, chip).flash_bytes}, []
+    except OverBudgetError as e:
+        return {}, [f"the model fits, its example with the test vectors in flash does not: {e}"]
 
 
 def prepare_model(

@@ -184,12 +184,13 @@ def _measured_tables(found: Measurement, chip: Target) -> list[Table]:
     where = f"{chip.name}, an emulated {chip.core}"
     headers = ("bytes", "training", "inference alone")
     sections = _pairs(train.firmware.sections, infer.firmware.sections)
+    needed = ("needed, with the whole stack", *(grouped(p.firmware.sram_bytes) for p in (train, infer)))
     work = [
         ("a training step", grouped(train.work.instructions), ""),
         ("an inference", grouped(found.train_infers), grouped(infer.work.instructions)),
     ]
     return [
-        Table(f"SRAM, measured on {where}", headers, _pairs(train.ram, infer.ram, "all")),
+        Table(f"SRAM, measured on {where}", headers, [*_pairs(train.ram, infer.ram, "all"), needed]),
         Table("flash, measured", headers, _pairs(train.flash, infer.flash, "all")),
         Table("sections of the ELF (.stack: what is reserved)", headers, sections),
         Table("instructions, measured", ("", *headers[1:]), work),

@@ -7,9 +7,6 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
-from importlib import resources
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -20,21 +17,13 @@ from trainlet.emit.emitter import Emitter
 from trainlet.emit.statement import function
 from trainlet.errors import UnsupportedError
 from trainlet.ir import DepthFirst, Graph, Kind, Node, Stage
+from trainlet.names import is_reserved, shortened
 from trainlet.ops import OPS, No
 from trainlet.ops.op import c_float
 from trainlet.ops.roles import head_of, heads
 from trainlet.plan.arena import MemoryPlan, feeds
 from trainlet.plan.sections import sections
 from trainlet.plan.state import StateLayout
-
-_HEADERS: Final = frozenset((
-    "assert", "complex", "ctype", "errno", "fenv", "float", "inttypes", "iso646", "limits", "locale", "math", "setjmp",
-    "signal", "stdarg", "stdbool", "stddef", "stdint", "stdio", "stdlib", "string", "tgmath", "time", "wchar", "wctype",
-    "alloca", "endian", "features", "malloc", "newlib", "reent", "unistd",
-))  # fmt: skip
-"""Of C99 and of what they include; a model's header of that name would be found in their place."""
-_BUILD: Final = frozenset(("all", "clean", "example", "expected", "firmware", "help", "install", "package", "test"))
-"""Targets and files of the build of a compiled folder."""
 
 
 @dataclass(frozen=True)
@@ -105,18 +94,11 @@ def _frozen_weights(graph: Graph) -> frozenset[str]:
     return frozenset(n[p.operand] for n in graph.nodes for p in OPS[n.op].params if not isinstance(p.channels, No))
 
 
-def file_name(name: str) -> str:
-    """What the files of a model are called, and its C names begin with: a C identifier that is the name of no file of
-    the engine, of no header of C and of no target of a build."""
-    ident = c_name(name)
-    return f"m_{ident}" if ident.lower() in _HEADERS | _BUILD | _engine() else ident
-
-
-@cache
-def _engine() -> frozenset[str]:
-    """All names of C files that may lie beside a model's."""
-    folders = [f for f in (resources.files("trainlet") / "csrc").iterdir() if f.is_dir()]
-    return frozenset(Path(f.name).stem for folder in folders for f in folder.iterdir())
+def source_name(name: str) -> str:
+    """What the files of a model are called, and its C names begin with: a short C identifier that takes nobody's
+    place."""
+    ident = shortened(c_name(name))
+    return f"m_{ident}" if is_reserved(ident) else ident
 
 
 def emit(graph: Graph, plan: MemoryPlan, layout: StateLayout, model_hash: str) -> Sources:
@@ -127,7 +109,7 @@ def emit(graph: Graph, plan: MemoryPlan, layout: StateLayout, model_hash: str) -
     feed = feeds(graph)
     flat = graph.flat()
     e = Emitter(flat, plan, {**plan.places, **layout.places(graph)}, _frozen_weights(flat))
-    name = file_name(graph.name)
+    name = source_name(graph.name)
     runs = [run_text(e, n) for n in graph.nodes if isinstance(n.attrs, DepthFirst)]
     functions = _functions(e, graph)
     init = _init_table(e, layout)

@@ -14,8 +14,8 @@ from trainlet.compiler import Passes, compile_model
 from trainlet.errors import UnsupportedError
 from trainlet.ir.graph import Graph
 from trainlet.session.emulator import EmulatorSession
-from trainlet.toolchain.package import LR, synthetic_image
 from trainlet.toolchain.targets import Target
+from trainlet.toolchain.vectors import LR, synthetic_image
 from trainlet.train.statefile import state_sha256
 
 _NONE: Final = Passes(fuse=False, reorder=False, inplace=False, depth_first=False, by_rows=False)

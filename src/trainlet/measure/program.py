@@ -18,7 +18,6 @@ from trainlet.measure.cycles import CORE, LEFT_OUT, CycleEstimate, estimate
 from trainlet.session.emulator import EmulatorSession
 from trainlet.toolchain.chip import Firmware
 from trainlet.toolchain.host import kernel_sources
-from trainlet.toolchain.package import LR, synthetic_image
 from trainlet.toolchain.sizes import (
     FLASH_PURPOSES,
     OTHER,
@@ -30,6 +29,7 @@ from trainlet.toolchain.sizes import (
     spread,
 )
 from trainlet.toolchain.targets import Target
+from trainlet.toolchain.vectors import LR, synthetic_image
 
 SEED: Final = 0
 _WIDEST: Final = 8  # the largest alignment of a section
@@ -77,6 +77,7 @@ class Program:
             "state_bytes": self.compiled.state_bytes,
             **{f"ram_{k}_bytes": v for k, v in self.ram.items()},
             "stack_reserved_bytes": self.firmware.stack_bytes,
+            "sram_needed_bytes": self.firmware.sram_bytes,
             **{f"flash_{k}_bytes": v for k, v in self.flash.items()},
             "sections": self.firmware.sections,
         }

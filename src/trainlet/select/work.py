@@ -20,8 +20,8 @@ from trainlet.ir import DepthFirst, Graph, Node
 from trainlet.select.cuts import Cut, Option
 from trainlet.select.problem import Choice
 from trainlet.session.emulator import EmulatorSession
-from trainlet.toolchain.package import LR, synthetic_image
 from trainlet.toolchain.targets import MIB, Pool, Target
+from trainlet.toolchain.vectors import LR, synthetic_image
 
 _ROOM: Final = 16 * MIB
 """The profiled programs run in this much of either memory, since they need not fit."""

@@ -153,12 +153,13 @@ class DeviceSession:
         return self._chip.stack_used()
 
     def facts(self) -> dict[str, int]:
-        """What was measured, bytes: RAM and its parts, and flash."""
+        """What was measured, bytes: RAM in use and its parts, what has to be there of it, and flash."""
         return {
             "ram_bytes": self.ram_bytes,
             **{f"ram_{k}_bytes": v for k, v in self.firmware.purposes.items()},
             "ram_stack_bytes": self.stack_used,
             "stack_reserved_bytes": self.firmware.stack_bytes,
+            "sram_needed_bytes": self.firmware.sram_bytes,
             "flash_bytes": self.flash_bytes,
         }
 

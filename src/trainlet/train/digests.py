@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from trainlet.errors import UsageError
-from trainlet.toolchain.host import cache_dir
+from trainlet.toolchain.cache import cache_dir
 from trainlet.train.folder import open_regular, write_atomic
 
 MAX_FILE: Final = 512 << 20  # bytes; an image of 50 million pixels has less in every format
