@@ -69,10 +69,11 @@ def check_forward(lib: ctypes.CDLL, case: ConvCase, w: Weights, c: Conv) -> None
 
 def check_dx(lib: ctypes.CDLL, case: ConvCase, w: Weights, c: Conv) -> None:
     i, a = case.info, case.arrays
-    s = numerics.dx_scale(case.conv, a["sw"].astype(np.float32))
-    assert s.mt is not None
+    scale = a["sw"].astype(np.float32)
+    levels, bound = sums_of_dx(case.conv, a["w"].shape[0])
+    s = numerics.sums_scale(numerics.sums_units(scale, levels), bound)
     assert (numerics.dx_bits(a["w"].shape[0] // i["groups"] * i["kernel"] ** 2), s.pre) == (i["b"], i["p"])
-    mt, mult, exp = block(s.mt), block(s.mult), block(s.exp)
+    mt, mult, exp = block(numerics.channel_factors(scale, levels)), block(s.mult), block(s.exp)
     v = DxScale(mt.at, mult.at, exp.at, s.pre)
     more = [block(g) for g, _ in case.residuals]
     grads = (Grad * max(len(more), 1))(*(Grad(plain(g), e) for g, (_, e) in zip(more, case.residuals, strict=True)))
@@ -95,10 +96,10 @@ def check_dw(lib: ctypes.CDLL, case: ConvCase, c: Conv) -> None:
     i, a = case.info, case.arrays
     bits, channels = i["fraction_bits"], case.channels.astype(np.int64)
     scale = a["sw"].astype(np.float32)
-    rate = numerics.weight_rate(case.conv, scale, i["x_scale"])
+    rate = numerics.weight_rate(case.conv.dead, scale, i["x_scale"])
     live = np.setdiff1d(np.arange(len(scale)), case.dead)
     np.testing.assert_array_equal(rate[live], a["kw"][live])
-    np.testing.assert_array_equal(numerics.bias_rate(case.conv, scale, i["x_scale"])[live], a["kb"][live])
+    np.testing.assert_array_equal(numerics.bias_rate(case.conv.dead, scale, i["x_scale"])[live], a["kb"][live])
     w = block(a["w"][..., channels])
     packed = pack(np.zeros(w.size, np.int64), bits)
     fraction = None if packed is None else block(packed)
