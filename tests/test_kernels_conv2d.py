@@ -40,6 +40,7 @@ from kernel_library import (
 from kernel_model import mix, store_weight
 
 from trainlet.ops import Conv2d, conv_out_hw, numerics
+from trainlet.ops.conv2d_dx import sums_of_dx
 
 RANDOM = 300
 
