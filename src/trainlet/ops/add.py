@@ -11,7 +11,6 @@ from trainlet.ops import numerics
 from trainlet.ops.op import (
     MODEL,
     NO_WEIGHTS,
-    SAME_ROW,
     Clamp,
     Emitter,
     Kernel,
@@ -22,7 +21,7 @@ from trainlet.ops.op import (
     Quantizer,
     Tape,
     Type,
-    Window,
+    always,
     anywhere,
     call,
     need,
@@ -30,6 +29,7 @@ from trainlet.ops.op import (
     no_scratch,
     nothing_aside,
     operands,
+    same_row,
 )
 from trainlet.ops.quantization import integer_clamp, range_qparams
 
@@ -81,14 +81,6 @@ def _activation(attrs: Attrs) -> Clamp | None:
     return attrs.clamp if attrs.activation else None
 
 
-def _same_row(attrs: Attrs) -> Window:
-    return SAME_ROW
-
-
-def _always(attrs: Attrs) -> bool:
-    return True
-
-
 ROWS: Final = (
     Op(
         name="add",
@@ -102,8 +94,8 @@ ROWS: Final = (
         macs=no_macs,
         integer=True,
         activation=_activation,
-        rows=_same_row,
-        overwrites=Overwrites(("a", "b"), True, _always),
+        rows=same_row,
+        overwrites=Overwrites(("a", "b"), True, always),
         exponent=No("it makes no gradient"),
         refuses=False,
         loss=No("it is a layer"),

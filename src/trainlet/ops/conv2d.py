@@ -41,6 +41,7 @@ from trainlet.ops.op import (
     Type,
     Weights,
     Window,
+    anywhere,
     call,
     need,
     operands,
@@ -282,10 +283,6 @@ def emit_conv2d(e: Emitter, node: Node) -> str:
     return _call(e, node, "tl_conv2d_s8", split_weights(e, conv2d_of(node), node))
 
 
-def _anything_else(graph: Graph, node: Node, target: Core) -> bool:
-    return True
-
-
 _NOT_GENERAL: Final = No("a general convolution reads its input anew for each output channel")
 
 ROWS: Final = (
@@ -330,7 +327,7 @@ ROWS: Final = (
                 _NOT_GENERAL,
                 emit_conv2d_packed,
             ),
-            Kernel("tl_conv2d_s8", _anything_else, Weights.SPLIT, _general_scratch, _NOT_GENERAL, emit_conv2d),
+            Kernel("tl_conv2d_s8", anywhere, Weights.SPLIT, _general_scratch, _NOT_GENERAL, emit_conv2d),
         ),
     ),
 )

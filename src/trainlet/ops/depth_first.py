@@ -20,6 +20,7 @@ from trainlet.ops.op import (
     RuleError,
     Type,
     Window,
+    always,
     anywhere,
     call,
     need,
@@ -132,10 +133,6 @@ def emit_depth_first(e: Emitter, node: Node) -> str:
     return call("tl_depth_first_run", f"&{e.symbol(node.name)}", "c")
 
 
-def _always(attrs: object) -> bool:
-    return True
-
-
 ROWS: Final = (
     step_op(
         name="depth_first",
@@ -147,7 +144,7 @@ ROWS: Final = (
         data=No("its nodes have theirs"),
         macs=_macs_depth_first,
         rows=No("it is itself a run over all rows"),
-        overwrites=Overwrites(("read",), False, _always),
+        overwrites=Overwrites(("read",), False, always),
         exponent=No("it holds nodes of the forward pass"),
         refuses=False,
         loss=No("it makes none"),

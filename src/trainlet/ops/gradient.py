@@ -13,7 +13,6 @@ from trainlet.ops import numerics
 from trainlet.ops.op import (
     F32,
     NO_WEIGHTS,
-    SAME_ROW,
     STEP,
     Clamp,
     Emitter,
@@ -22,7 +21,7 @@ from trainlet.ops.op import (
     No,
     Overwrites,
     Type,
-    Window,
+    always,
     anywhere,
     c_float,
     call,
@@ -31,6 +30,7 @@ from trainlet.ops.op import (
     no_scratch,
     nothing_aside,
     operands,
+    same_row,
     step_op,
 )
 
@@ -203,14 +203,6 @@ def emit_clip_mask(e: Emitter, node: Node) -> str:
     return call("tl_clip_mask_s8", e.begin(x), e.part(x)[1], lo, hi, e.begin(node.output))
 
 
-def _always(attrs: Attrs) -> bool:
-    return True
-
-
-def _same_row(attrs: Attrs) -> Window:
-    return SAME_ROW
-
-
 _NOT_BY_ROWS: Final = No("gradients run over whole maps")
 _OTHER_TYPE: Final = No("what it makes has another type than what it reads")
 _NO_CONSTANTS: Final = No("it has no constants of its own")
@@ -264,7 +256,7 @@ ROWS: Final = (
         data=_NO_CONSTANTS,
         macs=no_macs,
         rows=_NOT_BY_ROWS,
-        overwrites=Overwrites(("g",), True, _always),
+        overwrites=Overwrites(("g",), True, always),
         exponent=Exponent.OF_G,
         refuses=False,
         loss=_NO_LOSS,
@@ -280,7 +272,7 @@ ROWS: Final = (
         rule=_rule_clip_mask,
         data=_NO_CONSTANTS,
         macs=no_macs,
-        rows=_same_row,
+        rows=same_row,
         overwrites=_OTHER_TYPE,
         exponent=No("it is made of activations"),
         refuses=False,

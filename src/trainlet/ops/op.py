@@ -8,7 +8,7 @@ that imports run one way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Protocol
@@ -123,6 +123,16 @@ class Window:
 
 
 SAME_ROW: Final = Window(1, 1, 0)
+
+
+def same_row(attrs: Attrs) -> Window:
+    """An operator that makes each row from the same row."""
+    return SAME_ROW
+
+
+def always(attrs: Attrs) -> bool:
+    """A rule whatever the attributes."""
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,8 +443,6 @@ STEP_ONLY: Final = No("it belongs to a training step, which is not differentiate
 NO_LAYER: Final = No("it is no layer of a model")
 NO_WEIGHTS: Final = No("it reads no weights")
 """Reasons that many rows share."""
-
-Values = Mapping[str, Value]
 
 
 def step_op(

@@ -10,19 +10,18 @@ from trainlet.ir import Attrs, Bound, Graph, Node, Value
 from trainlet.ops.geometry import need_channels
 from trainlet.ops.op import (
     NO_WEIGHTS,
-    SAME_ROW,
     STEP,
     Emitter,
     Kernel,
     No,
     Type,
-    Window,
     anywhere,
     call,
     need,
     no_macs,
     no_scratch,
     operands,
+    same_row,
     step_op,
 )
 
@@ -62,10 +61,6 @@ def emit_select_channels(e: Emitter, node: Node) -> str:
     )  # fmt: skip
 
 
-def _same_row(attrs: Attrs) -> Window:
-    return SAME_ROW
-
-
 _FEWER: Final = No("what it makes has fewer channels than what it reads")
 
 ROWS: Final = (
@@ -78,7 +73,7 @@ ROWS: Final = (
         rule=_rule_select_channels,
         data=_data_select_channels,
         macs=no_macs,
-        rows=_same_row,
+        rows=same_row,
         overwrites=_FEWER,
         exponent=No("it is made of activations"),
         refuses=False,
