@@ -9,22 +9,19 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from cli_run import Run
 from graphs import int8_chain
 from separable import write_separable
 
 from trainlet.autodiff.scheme import load_scheme
-from trainlet.cli import main
 from trainlet.errors import ToolMissingError
 from trainlet.frontends import graph_file as irfile
 from trainlet.select.jobs import JobStore
 from trainlet.toolchain.find import find_arm_gcc
 
-Run = Callable[..., tuple[int, dict[str, Any], str]]
 PICTURES = ("contributions.svg", "search.svg", "memory.svg")
 
 
@@ -35,19 +32,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     irfile.save(int8_chain(), root / "chain.json")
     write_separable(root / "data.npz", 120)
     return root
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command with --json: exit code, the one JSON object, standard error."""
-
-    def call(*args: object) -> tuple[int, dict[str, Any], str]:
-        code = main([*map(str, args), "--json"])
-        out, err = capsys.readouterr()
-        assert out.count("\n") == 1, "one line, the JSON object"
-        return code, json.loads(out), err
-
-    return call
 
 
 def words(files: Path, out: Path, *more: object) -> list[str]:
