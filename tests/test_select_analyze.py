@@ -24,7 +24,7 @@ from trainlet.select import runs
 from trainlet.select.analyze import QUICK, STANDARD, Effort, Runner, analyze
 from trainlet.select.baselines import BASELINES
 from trainlet.select.cheap import LR, agreement, cheap_contributions, gradient_job, spearman
-from trainlet.select.choose import choose, compare, long_rivals, short_rivals
+from trainlet.select.choose import choose, compare, find_selector, long_rivals, short_rivals
 from trainlet.select.cuts import Selector
 from trainlet.select.evolution import evolution
 from trainlet.select.exact import exact
@@ -341,6 +341,40 @@ def test_what_does_not_fit_is_no_finalist_and_no_end(study: Study) -> None:
 def test_methods_that_look_for_no_best_sum_have_no_finalists(study: Study) -> None:
     chosen = choose(Known(study), TINY, [8], PlannedLimit(study.graph, None, 1 << 20), BASELINES["last"], 0)
     assert (chosen.finalists, chosen.selection.choice.depth) == ((), 3)
+
+
+class Judged(Known):
+    """Accuracy falls with the loss; ``freezing``: what was asked for while freezing, and how sure the clock was."""
+
+    def __init__(self, study: Study) -> None:
+        super().__init__(study)
+        self.freezing: list[tuple[UpdateScheme, int, Length, float | None, int, str]] = []
+
+    def train(self, title: str, runs: Any, length: Length, lr: float | None = None) -> list[dict[str, Any]]:
+        if title == "freezing":
+            self.freezing += [(s, seed, length, lr, self.clock.later, self.clock.word) for s, seed in runs]
+        return [{**r, "accuracy": 1 - r["loss"] / 4} for r in super().train(title, runs, length, lr)]
+
+
+def test_freezing_trains_what_is_left_as_finished_schemes_are_trained(study: Study) -> None:
+    """Gains: 0.1 by each bias, 0.4 and 0.3 by the weights of stem and project; those of the depthwise layer do harm."""
+    limit = PlannedLimit(study.graph, None, 1 << 20)
+    ends = {0.0: {STEM, PROJECT}, 0.08: {STEM}, 0.2: {PROJECT}, 0.9: set()}
+    for most, weights in ends.items():
+        known = Judged(study)
+        chosen = choose(known, TINY, [8], limit, find_selector("freeze", most)(known, TINY, 5), 0)
+        assert set(chosen.selection.choice.weights) == weights
+        assert chosen.finalists == ()
+        assert len(known.freezing) == TINY.seeds * chosen.selection.evaluations
+        assert {f[1:4] for f in known.freezing} == {(s, TINY.final, None) for s in (5, 6)}
+        assert [f[4:] for f in known.freezing[:2]] == [(3 * TINY.seeds * 6, "at most")] * 2
+        course = chosen.selection.course
+        assert course[0].trained.loss == pytest.approx(2 + 0.05 * 5.5 - 0.3 - 0.5 - 0.02 * 5.5)
+        assert course[1].part == f"weights of {DEPTHWISE}"
+        rivals = short_rivals(chosen, limit)
+        assert rivals[-1] == ("full", "nothing frozen", course[0].choice)
+        compare(known, TINY, rivals, limit, chosen.contributions.layers, 0)
+        assert (known.clock.later, known.clock.word) == (0, "about")
 
 
 def test_where_nothing_fits_nothing_is_run(runner: Runner) -> None:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import sqlite3
 import subprocess
 import sys
 import time
@@ -17,8 +19,10 @@ from graphs import int8_chain
 from separable import write_separable
 
 from trainlet.autodiff.scheme import load_scheme
+from trainlet.cli import main
 from trainlet.errors import ToolMissingError
 from trainlet.frontends import graph_file as irfile
+from trainlet.select.analyze import QUICK
 from trainlet.select.jobs import JobStore
 from trainlet.toolchain.find import find_arm_gcc
 
@@ -104,7 +108,11 @@ REFUSED = {
     "an unknown chip": (("--sram", "8K", "--target", "z80"), 2, "z80"),
     "an unknown method": (("--sram", "8K", "--method", "luck"), 2, "luck"),
     "a width that there is not": (("--sram", "8K", "--bits", "8,9"), 2, "'9' is no width"),
-    "a drop without freezing": (("--sram", "8K", "--max-drop", "0.1"), 2, "--max-drop"),
+    "a drop without freezing": (("--sram", "8K", "--max-drop", "0.1"), 2, "leave it out of exact"),
+    "a drop in percent": (("--sram", "8K", "--method", "freeze", "--max-drop", "1"), 2, "such as 0.01 for one image"),
+    "a drop below 0": (("--sram", "8K", "--method", "freeze", "--max-drop", "-0.1"), 2, "from 0 to below 1"),
+    "a drop that is no number": (("--sram", "8K", "--method", "freeze", "--max-drop", "nan"), 2, "from 0 to below 1"),
+    "finalists of freezing": (("--sram", "8K", "--finalists", "3", "--method", "freeze"), 2, "leave it out of freeze"),
     "instructions that are no number": (("--sram", "8K", "--instructions", "few"), 2, "--instructions 'few'"),
     "flash without a compiler": (("--sram", "8K", "--flash", "64K", "--no-measure"), 2, "leave --no-measure out"),
     "finalists of a baseline": (("--sram", "8K", "--finalists", "3", "--method", "last"), 2, "leave it out"),
@@ -158,6 +166,54 @@ def test_killed_at_random_moments_it_ends_with_the_same_scheme(files: Path, tmp_
     assert (parts / "scheme.json").read_bytes() == (whole / "scheme.json").read_bytes()
     for name in PICTURES:
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
+
+
+FREEZE = ("--sram", "2K", "--no-measure", "--method", "freeze", "--max-drop", "0.1")
+
+
+def test_frozen_layer_by_layer_and_killed_meanwhile_it_ends_with_the_same_scheme(
+    files: Path, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    code, found, err = run(*words(files, whole, *FREEZE))
+    assert (code, found["method"], found["finalists"], found["max_drop"]) == (0, "freeze", [], 0.1)
+    assert found["planned_bytes"] <= found["limit_bytes"] == 2048
+    report = json.loads((whole / "report.json").read_text())
+    course = report["selection"]["course"]
+    accuracies = [step["accuracy"] for step in course]
+    assert found["parts_frozen"] == len(course) - 1 > 0
+    assert (found["first_accuracy"], found["accuracy"]) == (accuracies[0], accuracies[-1])
+    assert found["accuracy_drop"] == max(accuracies) - accuracies[-1] <= 0.1
+    assert all(a * found["images_that_judge"] == round(a * found["images_that_judge"]) for a in accuracies)
+    assert (course[-1]["depth"], course[-1]["weights"]) == (found["depth"], found["weights"])
+    assert err.count(" frozen: accuracy ") == len(course)
+    assert "nothing frozen" in {p["scheme"] for p in report["points"]}
+
+    process = subprocess.Popen([sys.executable, "-m", "trainlet", *words(files, parts, *FREEZE)])
+    deadline = time.monotonic() + 60
+    while _frozen(parts) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -9, "it was killed before its end"
+    assert 3 <= _frozen(parts) < _frozen(whole)
+    capsys.readouterr()
+    assert main(words(files, parts, *FREEZE)) == 0
+    shown = capsys.readouterr().out
+    assert "frozen in this order; 32 images judge, one is 0.0312 of accuracy" in shown
+    assert all(step["frozen"] in shown for step in course)
+    assert json.loads((parts / "report.json").read_text())["jobs"] == found["jobs"]
+    for name in ("scheme.json", *PICTURES):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
+
+
+def _frozen(out: Path) -> int:
+    """How many runs of freezing are done; those that compare schemes have other seeds, those before fewer epochs."""
+    path = out / "jobs.sqlite"
+    if not path.exists():
+        return 0
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        specs = [json.loads(text) for (text,) in db.execute("SELECT spec FROM jobs")]
+    return sum(s["seed"] < QUICK.seeds and s["epochs"] == QUICK.final.epochs for s in specs)
 
 
 def _count(out: Path) -> int:

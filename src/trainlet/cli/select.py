@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,7 +41,11 @@ def select(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer images, runs and layers.")] = False,
     bits: Annotated[str, typer.Option(help="Width of a trained weight: 8, 12, 16, or several such as 8,16.")] = "8",
     max_drop: Annotated[
-        float | None, typer.Option(help="With freeze: go on freezing while the loss rises by no more than this.")
+        float | None,
+        typer.Option(
+            help="With freeze: go on freezing while accuracy is no more than this below its highest, such as 0.01.",
+            show_default="freeze until it fits",
+        ),
     ] = None,
     finalists: Annotated[
         int | None,
@@ -83,7 +88,7 @@ def select(
     from trainlet.train.loop import TrainConfig
 
     began = time.perf_counter()
-    widths, selector = _widths(bits), find_selector(method, max_drop)
+    widths, selector_of = _widths(bits), find_selector(method, max_drop)
     if not 0 <= seed < 1 << 31:
         raise UsageError(f"--seed {seed}: give a whole number from 0 to {(1 << 31) - 1}")
     if finalists is not None and finalists < 1:
@@ -106,6 +111,7 @@ def select(
         executor = open_executor(jobs, scheduler)
         try:
             runner = Runner(study, store, executor, progress, Clock(executor.workers), lr)
+            selector = selector_of(runner, effort, seed)
             chosen = choose(runner, effort, widths, limit, selector, seed, finalists)
             scheme = final_scheme(chosen)
             measured = {} if no_measure else _measured(study.graph, scheme, chip)
@@ -124,6 +130,7 @@ def select(
             "limit_instructions": steps,
             "effort": effort.name,
             "jobs": len(store),
+            **_frozen(chosen, max_drop, study.judges(effort.final)),
             "seconds": round(time.perf_counter() - began, 1),
             **measured,
         }
@@ -160,6 +167,23 @@ def _measured(graph: Graph, scheme: UpdateScheme, chip: Target) -> dict[str, Any
     }
 
 
+def _frozen(chosen: Chosen, max_drop: float | None, judges: int) -> dict[str, Any]:
+    """What freezing came to; nothing of other methods."""
+    from trainlet.select.freeze import drop
+
+    course = chosen.selection.course
+    if not course:
+        return {}
+    return {
+        "max_drop": max_drop,
+        "images_that_judge": judges,
+        "parts_frozen": len(course) - 1,
+        "first_accuracy": course[0].trained.accuracy,
+        "accuracy": course[-1].trained.accuracy,
+        "accuracy_drop": drop(course, course[-1].trained),
+    }
+
+
 def _report(
     out: Path, scheme: UpdateScheme, chosen: Chosen, points: list[Point], found: dict[str, Any], effort: Effort
 ) -> Report:
@@ -193,12 +217,23 @@ def _report(
         Table("measured on the emulated chip" if "ram_bytes" in found else "limit", (), memory),
         Table(f"trained the same way, {images}", ("scheme", "", "SRAM, planned bytes", "loss", "accuracy", ""), rows),
     ]
+    if selection["course"]:
+        tables.insert(1, _course(selection["course"], found["images_that_judge"]))
     lines = [f"scheme: {files['scheme']}", f"report: {files['report']}"]
     if finals:
         tables.insert(1, Table("finalists, the lowest loss is taken", ("", "SRAM, bytes", "loss", ""), finals))
     data = {**found, **summary, **selection, **files}
-    del data["search"]
+    del data["search"], data["course"]
     return Report({**data, "points": [{"scheme": p.scheme, "loss": p.loss} for p in points]}, tables, lines)
+
+
+def _course(course: Sequence[Mapping[str, Any]], judges: int) -> Table:
+    rows = [
+        (step["frozen"] or "nothing", grouped(step["planned_bytes"]), _number(step["loss"]), _number(step["accuracy"]))
+        for step in course
+    ]
+    title = f"frozen in this order; {judges} images judge, one is {1 / judges:.4f} of accuracy"
+    return Table(title, ("", "SRAM, planned bytes", "loss", "accuracy"), rows)
 
 
 def _number(v: float | None) -> str:

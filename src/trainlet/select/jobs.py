@@ -341,13 +341,14 @@ def duration(seconds: float) -> str:
 
 class Clock:
     """Estimates the time that is left from the jobs done so far. ``later``: how many more jobs will follow, as far as
-    is known when a batch begins."""
+    is known when a batch begins; ``word``: how sure that is."""
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
         self._seconds = 0.0
         self._jobs = 0
         self.later = 0
+        self.word = "about"
 
     def done(self, seconds: float) -> None:
         """A job has finished."""
@@ -358,7 +359,7 @@ class Clock:
         """How long ``jobs`` more and all later ones will take; empty while nothing is known."""
         if not self._jobs:
             return ""
-        return f"about {duration((jobs + self.later) * self._seconds / self._jobs / self._workers)} left"
+        return f"{self.word} {duration((jobs + self.later) * self._seconds / self._jobs / self._workers)} left"
 
 
 def run_jobs(

@@ -65,12 +65,18 @@ class Place:
 
 @dataclass(frozen=True)
 class Study:
-    """A model with its head, and the data that it is to learn. Makes the specs of jobs."""
+    """A model with its head, and the data that it is to learn: ``labels`` of the training images. Makes the specs of
+    jobs."""
 
     graph: Graph
     model_hash: str
     fingerprint: str
     place: Place
+    labels: tuple[int, ...]
+
+    def judges(self, length: Length) -> int:
+        """How many images judge a run."""
+        return len(split_indices(np.array(self.labels), length)[1])
 
     def train_spec(self, scheme: UpdateScheme, length: Length, seed: int, lr: float | None = None) -> Spec:
         """A training run; its result is in ``train_job``."""
@@ -117,7 +123,7 @@ def open_study(model: Graph, data: Path, resize: str, cache: Path) -> Study:
     irfile.save(graph, path)
     place = Place(str(path.resolve()), str(data.resolve()), resize, str(cache.resolve()))
     split_indices(dataset.train.labels, Length(1 << 62, 1 << 62, 1))
-    return Study(graph, model_hash, dataset.fingerprint, place)
+    return Study(graph, model_hash, dataset.fingerprint, place, tuple(dataset.train.labels.tolist()))
 
 
 def _shape(graph: Graph) -> tuple[int, int, int]:
