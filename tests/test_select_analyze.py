@@ -28,11 +28,12 @@ from trainlet.select.choose import choose, compare, find_selector, long_rivals, 
 from trainlet.select.cuts import Selector
 from trainlet.select.evolution import evolution
 from trainlet.select.exact import exact
-from trainlet.select.jobs import Clock, JobStore, job_key
+from trainlet.select.jobs import Clock
 from trainlet.select.limits import PlannedLimit
 from trainlet.select.problem import Choice, Contributions
 from trainlet.select.report import contributions_json, contributions_svg, memory_loss_svg, points_json
 from trainlet.select.runs import Length, Part, Study, load_place, open_job, open_study, split_indices, train_job
+from trainlet.select.store import JobStore, job_key
 from trainlet.session.host import HostSession
 from trainlet.train.loop import Silent
 

@@ -23,7 +23,7 @@ from trainlet.cli import main
 from trainlet.errors import ToolMissingError
 from trainlet.frontends import graph_file as irfile
 from trainlet.select.analyze import QUICK
-from trainlet.select.jobs import JobStore
+from trainlet.select.store import JobStore
 from trainlet.toolchain.find import find_arm_gcc
 
 PICTURES = ("contributions.svg", "search.svg", "memory.svg")

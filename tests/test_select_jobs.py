@@ -19,17 +19,15 @@ from job_work import COUNT, die, refuse, slow_square, specs, square
 
 from trainlet.errors import DeviceError, UsageError
 from trainlet.select.jobs import (
-    APPLICATION_ID,
     Clock,
     DaskExecutor,
     Executor,
-    JobStore,
     LocalExecutor,
     duration,
-    job_key,
     open_executor,
     run_jobs,
 )
+from trainlet.select.store import APPLICATION_ID, JobStore, job_key
 from trainlet.train.loop import Silent
 
 # --- keys and the file --------------------------------------------------------------------------------------

@@ -81,9 +81,10 @@ def select(
         long_rivals,
         short_rivals,
     )
-    from trainlet.select.jobs import FILE, Clock, JobStore, open_executor
+    from trainlet.select.jobs import Clock, open_executor
     from trainlet.select.limits import PlannedLimit
     from trainlet.select.runs import open_study
+    from trainlet.select.store import FILE, JobStore
     from trainlet.toolchain.targets import find_target, parse_count, parse_size, with_limits
     from trainlet.train.loop import TrainConfig
 

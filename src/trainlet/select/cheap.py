@@ -21,9 +21,9 @@ from trainlet.autodiff.scheme import UpdateScheme, selected_channels, trainable_
 from trainlet.compiler import compile_model
 from trainlet.errors import UsageError
 from trainlet.ir.graph import Graph, Node
-from trainlet.select.jobs import Result, Spec
 from trainlet.select.problem import RATIOS, Contributions
 from trainlet.select.runs import Part, Place, Study, feed, open_job, train
+from trainlet.select.store import Result, Spec
 from trainlet.session.host import HostSession
 
 ESTIMATORS: Final = ("fisher", "descent")

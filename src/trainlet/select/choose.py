@@ -23,10 +23,10 @@ from trainlet.select.cuts import SearchLimit, Selector, Step
 from trainlet.select.evolution import evolution
 from trainlet.select.exact import exact
 from trainlet.select.freeze import SHORTLIST, freeze
-from trainlet.select.jobs import Result
 from trainlet.select.methods import FREEZE, best_over_bits, find_method
 from trainlet.select.problem import Choice, Contributions, Frozen, Selection, Trained
 from trainlet.select.report import Point
+from trainlet.select.store import Result
 
 NAME: Final = "selected"
 SHARES: Final = (0.6, 0.8)

@@ -28,7 +28,7 @@ from trainlet.frontends import graph_file as irfile
 from trainlet.ir import Image
 from trainlet.ir.graph import Graph
 from trainlet.plan.prefix import prefix_values
-from trainlet.select.jobs import Result, Spec, job_key
+from trainlet.select.store import Result, Spec, job_key
 from trainlet.session import StepInfo
 from trainlet.session.host import HostSession
 from trainlet.train.data import Dataset, Draw, Split, Transform, load_data
