@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -27,12 +27,23 @@ Result = Mapping[str, Any]
 _MAGIC: Final = b"SQLite format 3\0"
 _VERSION_AT, _APPLICATION_AT = 60, 68  # in the header of every SQLite file, big-endian
 _ANOTHER: Final = "give another --out, or remove the file to measure everything again"
-_SCHEMA: Final = (
-    f"PRAGMA application_id = {APPLICATION_ID}",
-    f"PRAGMA user_version = {VERSION}",
+_KEPT: Final = "finished runs are kept:"
+_WRITABLE: Final = "make the file and its folder writable"
+_OBSTACLES: Final = {  # how SQLite's name of an error begins -> what is in the way, and how it goes; all else is damage
+    "SQLITE_BUSY": ("another program has it locked", "wait until that ends"),
+    "SQLITE_FULL": ("the disk is full", "make room there"),
+    "SQLITE_READONLY": ("it cannot be written", _WRITABLE),
+    "SQLITE_PERM": ("it cannot be written", _WRITABLE),
+    "SQLITE_CANTOPEN": ("it cannot be opened", _WRITABLE),
+    "SQLITE_IOERR": ("the disk fails", "see to it"),
+}
+WAIT: Final = 60.0
+"""Seconds that a finished job waits for another program's lock; opening waits a sixth of it."""
+_TABLE: Final = (
     "CREATE TABLE jobs (key TEXT PRIMARY KEY, spec TEXT NOT NULL, result TEXT NOT NULL, seconds REAL NOT NULL,"
-    " checksum TEXT NOT NULL)",
+    " checksum TEXT NOT NULL)"
 )
+_SCHEMA: Final = (f"PRAGMA application_id = {APPLICATION_ID}", f"PRAGMA user_version = {VERSION}", _TABLE)
 
 
 def canonical(content: Mapping[str, Any]) -> str:
@@ -49,9 +60,26 @@ def _checksum(key: str, spec: str, result: str) -> str:
     return hashlib.sha256("\n".join((key, spec, result)).encode()).hexdigest()
 
 
+def _is_own(key: str, spec: str, result: str, seconds: float, checksum: str) -> bool:
+    return checksum == _checksum(key, spec, result) and key == hashlib.sha256(spec.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _explaining(path: Path) -> Iterator[None]:
+    """UsageError for what SQLite cannot do with the file meanwhile: what is in the way is told from damage."""
+    try:
+        yield
+    except sqlite3.Error as e:
+        name = getattr(e, "sqlite_errorname", "")
+        what = next((v for k, v in _OBSTACLES.items() if name.startswith(k)), None)
+        if what is None:
+            raise UsageError(f"{path}: damaged ({e}); {_ANOTHER}") from None
+        raise UsageError(f"{path}: {what[0]} ({e}); {_KEPT} {what[1]}, then start the same command again") from None
+
+
 class JobStore:
     """The finished jobs of a folder. Opening makes the file where there is none; UsageError, and not a byte is written,
-    where it is another kind of file, of another version or damaged."""
+    where it is another kind of file, of another version or damaged, or cannot be written now."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -59,26 +87,36 @@ class JobStore:
         if not path.exists():
             _create(path)
         _check_header(path)
-        self._db = sqlite3.connect(path, timeout=60)
+        with _explaining(path):
+            self._db = sqlite3.connect(path, timeout=WAIT / 6)
         try:
-            self._read()
-        except sqlite3.DatabaseError as e:
-            self._db.close()
-            raise UsageError(f"{path}: damaged ({e}); {_ANOTHER}") from None
-        except UsageError:
+            with _explaining(path):
+                self._read()
+                self._db.execute("BEGIN IMMEDIATE")  # what cannot be written is better known before the first run
+                self._db.execute(f"PRAGMA user_version = {VERSION}")
+                self._db.rollback()
+                self._db.execute(f"PRAGMA busy_timeout = {int(1000 * WAIT)}")
+        except BaseException:
             self._db.close()
             raise
 
     def _read(self) -> None:
         found = self._db.execute("PRAGMA quick_check").fetchone()[0]
         if found != "ok":
-            raise UsageError(f"{self.path}: damaged ({str(found).splitlines()[-1]}); {_ANOTHER}")
-        for key, spec, result, seconds, checksum in self._db.execute(
-            "SELECT key, spec, result, seconds, checksum FROM jobs"
-        ):
-            if checksum != _checksum(key, spec, result) or key != hashlib.sha256(spec.encode()).hexdigest():
-                raise UsageError(f"{self.path}: damaged, job {str(key)[:12]} has not its own checksum; {_ANOTHER}")
-            self._done[key] = (json.loads(result), float(seconds))
+            raise self._damaged(str(found).splitlines()[-1])
+        if self._db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall() != [(_TABLE,)]:
+            raise self._damaged("it has not the one table of jobs")
+        for row in self._db.execute("SELECT key, spec, result, seconds, checksum FROM jobs"):
+            key = str(row[0])
+            if tuple(map(type, row)) != (str, str, str, float, str) or not _is_own(*row):
+                raise self._damaged(f"job {key[:12]} has not its own checksum")
+            try:
+                self._done[key] = (dict(json.loads(row[2])), row[3])
+            except (ValueError, TypeError, RecursionError):
+                raise self._damaged(f"job {key[:12]} has no result") from None
+
+    def _damaged(self, how: str) -> UsageError:
+        return UsageError(f"{self.path}: damaged, {how}; {_ANOTHER}")
 
     def __len__(self) -> int:
         return len(self._done)
@@ -95,10 +133,10 @@ class JobStore:
         return self._done[key][1]
 
     def put(self, spec: Spec, result: Result, seconds: float) -> None:
-        """Keeps a finished job; on return it is on the disk."""
+        """Keeps a finished job; on return it is on the disk. UsageError where it cannot be."""
         key, text, given = job_key(spec), canonical(spec), canonical(result)
         row = (key, text, given, seconds, _checksum(key, text, given))
-        with self._db:
+        with _explaining(self.path), self._db:
             self._db.execute("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?)", row)
         self._done[key] = (json.loads(given), seconds)
 
@@ -120,23 +158,20 @@ def _create(path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        db = sqlite3.connect(temporary)
-        try:
+        with _explaining(path), contextlib.closing(sqlite3.connect(temporary)) as db:
             for statement in _SCHEMA:
                 db.execute(statement)
             db.commit()
-        finally:
-            db.close()
         with contextlib.suppress(FileExistsError):  # another process was quicker: its file is as good
             os.link(temporary, path)
-    except sqlite3.Error as e:
-        raise UsageError(f"{path}: cannot be written ({e}); give a folder that can") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _check_header(path: Path) -> None:
     """From the raw bytes: to open a database of somebody else may already change its files."""
+    if not path.is_file():
+        raise UsageError(f"{path}: this is no file; {_ANOTHER}")
     try:
         with path.open("rb") as f:
             head = f.read(100)
