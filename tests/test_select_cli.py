@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
+import os
+import platform
 import random
 import sqlite3
 import subprocess
@@ -18,11 +22,15 @@ from cli_run import Run
 from graphs import int8_chain
 from separable import write_separable
 
-from trainlet.autodiff.scheme import load_scheme
+from trainlet.autodiff.scheme import UpdateScheme, load_scheme
 from trainlet.cli import main
-from trainlet.errors import ToolMissingError
+from trainlet.errors import ToolMissingError, UsageError
 from trainlet.frontends import graph_file as irfile
-from trainlet.select.analyze import QUICK
+from trainlet.select import report
+from trainlet.select.analyze import QUICK, Analysis
+from trainlet.select.folder import locked
+from trainlet.select.problem import Choice, Contributions, Selection
+from trainlet.select.report import selection_json, write_report
 from trainlet.select.store import JobStore
 from trainlet.toolchain.find import find_arm_gcc
 
@@ -64,9 +72,9 @@ def test_it_ends_with_a_scheme_that_fits_and_is_worth_it(files: Path, tmp_path: 
     assert code == 0
     assert plan["arena_bytes"] + plan["state_bytes"] == found["planned_bytes"]
 
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert {p["series"] for p in report["points"]} == {"selected", "head", "biases"}
-    assert report["contributions"][0]["rank_correlation"]["descent"].keys() == {"biases", "weights", "weights_whole"}
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert {p["series"] for p in written["points"]} == {"selected", "head", "biases"}
+    assert written["contributions"][0]["rank_correlation"]["descent"].keys() == {"biases", "weights", "weights_whole"}
     for name in PICTURES:
         assert ET.parse(tmp_path / name).getroot().tag.endswith("svg")
 
@@ -161,14 +169,76 @@ def test_killed_at_random_moments_it_ends_with_the_same_scheme(files: Path, tmp_
         now = _count(parts)
         assert now >= kept + 2
         kept = now
+    # what kills at other moments leave behind
+    left = [".jobs.sqlite.4711.tmp", ".report.json.4711.tmp", "cache/.prefix-0123.bin.4711.tmp", ".lock"]
+    for name in left:
+        (parts / name).write_bytes(b"half")
     code, again, _ = run(*words(files, parts, *more))
     assert (code, again["jobs"]) == (0, found["jobs"])
     assert (parts / "scheme.json").read_bytes() == (whole / "scheme.json").read_bytes()
     for name in PICTURES:
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
+    names = [sorted(f.relative_to(out) for f in out.rglob("*")) for out in (whole, parts)]
+    assert names[0] == names[1]
 
 
-FREEZE = ("--sram", "2K", "--no-measure", "--method", "freeze", "--max-drop", "0.1")
+def test_two_in_one_folder_name_each_other(files: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with locked(out):
+        code, _, err = run(*words(files, out, "--sram", "2K", "--no-measure"))
+        assert code == 2
+        assert f"{out}: process {os.getpid()} on {platform.node()} is at work there; wait" in err
+        assert [f.name for f in out.iterdir()] == [".lock"], "nothing was touched"
+    assert list(out.iterdir()) == []
+    with locked(out), pytest.raises(UsageError, match="is at work there"), locked(out):
+        pass
+
+
+def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path: Path) -> None:
+    """Another process opens the file, and its owner removes it before the lock is taken."""
+    flock = fcntl.flock
+    removed: list[Path] = []
+
+    def late(opened: int, how: int) -> None:
+        if not removed:
+            removed.append(tmp_path / ".lock")
+            removed[0].unlink()
+        flock(opened, how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "flock", late)
+        with locked(tmp_path), pytest.raises(UsageError, match="is at work there"), locked(tmp_path):
+            pass
+    assert removed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_names_the_file_of_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(report, "write_atomic", full)
+    found = selection_json(Selection(Choice(0), 1, "exact", 1), ())
+    contributions = Contributions("m", 8, ("a",), {0: 0.0, 1: 1.0}, {})
+    analysis = Analysis(contributions, (), 0, {}, {})
+    facts = {"model": "m", "limit_bytes": 2048}
+    with pytest.raises(UsageError, match=r"scheme\.json: cannot be written \(No space .* kept: make room"):
+        write_report(tmp_path, UpdateScheme("head"), [analysis], found, [], facts)
+
+
+def test_ctrl_c_says_what_is_kept(files: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainlet.select.choose.choose", stop)
+    code, _, err = run(*words(files, tmp_path, "--sram", "2K", "--no-measure"))
+    assert code == 130
+    assert f"interrupted; 0 finished runs are kept in {tmp_path}, the same command goes on from there" in err
+    assert not (tmp_path / ".lock").exists()
+
+
+FREEZE = ("--sram", "2K", "--no-measure", "--method", "freeze", "--max-drop", "0.1", "--jobs", "1")
 
 
 def test_frozen_layer_by_layer_and_killed_meanwhile_it_ends_with_the_same_scheme(
@@ -178,8 +248,8 @@ def test_frozen_layer_by_layer_and_killed_meanwhile_it_ends_with_the_same_scheme
     code, found, err = run(*words(files, whole, *FREEZE))
     assert (code, found["method"], found["finalists"], found["max_drop"]) == (0, "freeze", [], 0.1)
     assert found["planned_bytes"] <= found["limit_bytes"] == 2048
-    report = json.loads((whole / "report.json").read_text())
-    course = report["selection"]["course"]
+    written = json.loads((whole / "report.json").read_text())
+    course = written["selection"]["course"]
     accuracies = [step["accuracy"] for step in course]
     assert found["parts_frozen"] == len(course) - 1 > 0
     assert (found["first_accuracy"], found["accuracy"]) == (accuracies[0], accuracies[-1])
@@ -187,7 +257,7 @@ def test_frozen_layer_by_layer_and_killed_meanwhile_it_ends_with_the_same_scheme
     assert all(a * found["images_that_judge"] == round(a * found["images_that_judge"]) for a in accuracies)
     assert (course[-1]["depth"], course[-1]["weights"]) == (found["depth"], found["weights"])
     assert err.count(" frozen: accuracy ") == len(course)
-    assert "nothing frozen" in {p["scheme"] for p in report["points"]}
+    assert "nothing frozen" in {p["scheme"] for p in written["points"]}
 
     process = subprocess.Popen([sys.executable, "-m", "trainlet", *words(files, parts, *FREEZE)])
     deadline = time.monotonic() + 60

@@ -81,6 +81,7 @@ def select(
         long_rivals,
         short_rivals,
     )
+    from trainlet.select.folder import locked
     from trainlet.select.jobs import Clock, open_executor
     from trainlet.select.limits import PlannedLimit
     from trainlet.select.runs import open_study
@@ -106,7 +107,7 @@ def select(
     graph = load_model(model)
     effort = QUICK if quick else STANDARD
     progress = RichProgress()
-    with JobStore(prepare_out(out) / FILE) as store:
+    with locked(prepare_out(out)), JobStore(out / FILE) as store, locked(prepare_out(out / "cache")):
         study = open_study(graph, data, resize, out / "cache")
         limit = PlannedLimit(study.graph, None if no_measure else chip, chip.sram_bytes, instructions=steps)
         executor = open_executor(jobs, scheduler)
@@ -121,6 +122,9 @@ def select(
                 rivals = long_rivals(runner, effort, chosen, limit, limit.narrowed, selector, seed, finalists)
             # other seeds than those that decided between finalists
             points = compare(runner, effort, rivals, limit, chosen.contributions.layers, seed + effort.final_seeds)
+        except KeyboardInterrupt as e:
+            kept = f"{len(store)} finished runs are kept in {out}, the same command goes on from there"
+            raise KeyboardInterrupt(f"{str(e) or 'interrupted'}; {kept}") from None
         finally:
             executor.close()
         found = {
@@ -135,7 +139,7 @@ def select(
             "seconds": round(time.perf_counter() - began, 1),
             **measured,
         }
-    return _report(out, scheme, chosen, points, found, effort)
+        return _report(out, scheme, chosen, points, found, effort)
 
 
 def _widths(text: str) -> list[int]:

@@ -15,6 +15,7 @@ from typing import Any, Final
 from trainlet.autodiff.scheme import UpdateScheme
 from trainlet.select.analyze import Analysis
 from trainlet.select.cuts import Step, gap
+from trainlet.select.folder import writing
 from trainlet.select.problem import RATIOS, Contributions, Frozen, Selection
 from trainlet.train.statefile import write_atomic
 
@@ -309,7 +310,7 @@ def write_report(
     facts: Mapping[str, Any],
 ) -> dict[str, str]:
     """Writes scheme.json, which plan and train take, report.json with everything, and the pictures; ``selection`` as
-    ``selection_json`` gives it. Returns the paths by what they are. Raises OSError."""
+    ``selection_json`` gives it. Returns the paths by what they are. UsageError naming a file that cannot be written."""
     analyzed = [contributions_json(a) for a in analyses]
     mine = next(a for a in analyzed if a["bits"] == scheme.bits)
     compared = points_json(points)
@@ -323,5 +324,6 @@ def write_report(
         "memory_picture": ("memory.svg", memory_loss_svg(compared, facts["limit_bytes"], title)),
     }
     for name, text in texts.values():
-        write_atomic(out / name, text.encode())
+        with writing(out / name):
+            write_atomic(out / name, text.encode())
     return {what: str(out / name) for what, (name, _) in texts.items()}
