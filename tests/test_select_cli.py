@@ -170,7 +170,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_scheme(files: Path, tmp_
         assert now >= kept + 2
         kept = now
     # what kills at other moments leave behind
-    left = [".jobs.sqlite.4711.tmp", ".report.json.4711.tmp", "cache/.prefix-0123.bin.4711.tmp", ".lock"]
+    left = [".jobs.sqlite.999999999.tmp", ".report.json.999999999.tmp", "cache/.prefix-0123.bin.999999999.tmp", ".lock"]
     for name in left:
         (parts / name).write_bytes(b"half")
     code, again, _ = run(*words(files, parts, *more))
@@ -191,8 +191,11 @@ def test_two_in_one_folder_name_each_other(files: Path, tmp_path: Path, run: Run
         assert f"{out}: process {os.getpid()} on {platform.node()} is at work there; wait" in err
         assert [f.name for f in out.iterdir()] == [".lock"], "nothing was touched"
     assert list(out.iterdir()) == []
+    mine = out / f".report.json.{os.getpid()}.tmp"
+    mine.touch()
     with locked(out), pytest.raises(UsageError, match="is at work there"), locked(out):
         pass
+    assert mine.exists(), "a living process may be writing it"
 
 
 def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Final
 from trainlet.errors import UsageError
 
 LOCK_FILE: Final = ".lock"
-_TEMPORARY: Final = re.compile(r"\..+\.\d+\.tmp")
+_TEMPORARY: Final = re.compile(r"\..+\.(\d{1,9})\.tmp")  # with the process that writes it
 
 
 @contextlib.contextmanager
@@ -26,12 +26,23 @@ def locked(folder: Path) -> Iterator[None]:
     opened = _lock(path)
     try:
         for file in folder.iterdir():
-            if _TEMPORARY.fullmatch(file.name):
+            found = _TEMPORARY.fullmatch(file.name)
+            if found and not _lives(int(found[1])):
                 file.unlink(missing_ok=True)
         yield
     finally:
         path.unlink(missing_ok=True)
         os.close(opened)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _lock(path: Path) -> int:
