@@ -93,7 +93,7 @@ def freezing(
     def train(choices: Sequence[Choice], left: int) -> list[Trained]:
         if asked is not None:
             asked.extend(choices)
-        return [Trained(v, 0.0 if math.isinf(v) else 0.91 - v / 10) for v in map(loss, choices)]
+        return [Trained(v, 0.0 if math.isinf(v) else 0.91 - v / 10, 0.0) for v in map(loss, choices)]
 
     return freeze(contributions, limit, train=train, max_drop=max_drop, tell=tell)
 

@@ -458,18 +458,20 @@ class Judged(Known):
 
 def test_freezing_trains_what_is_left_as_finished_schemes_are_trained(study: Study) -> None:
     """Gains: 0.1 by each bias, 0.4 and 0.3 by the weights of stem and project; those of the depthwise layer do harm."""
-    limit = PlannedLimit(study.graph, None, 1 << 20)
+    limit, effort = PlannedLimit(study.graph, None, 1 << 20), replace(TINY, final_seeds=2)
     ends = {0.0: {STEM, PROJECT}, 0.08: {STEM}, 0.2: {PROJECT}, 0.9: set()}
     for most, weights in ends.items():
         known = Judged(study)
-        chosen = choose(known, TINY, [8], limit, find_selector("freeze", most)(known, TINY, 5), 0)
+        chosen = choose(known, effort, [8], limit, find_selector("freeze", most)(known, effort, 5), 0)
         assert set(chosen.selection.choice.weights) == weights
         assert chosen.finalists == ()
-        assert len(known.freezing) == TINY.seeds * chosen.selection.evaluations
+        assert len(known.freezing) == 2 * chosen.selection.evaluations
         assert {f[1:4] for f in known.freezing} == {(s, TINY.final, None) for s in (5, 6)}
-        assert [f[4:] for f in known.freezing[:2]] == [(3 * TINY.seeds * 6, "at most")] * 2
+        assert [f[4:] for f in known.freezing[:2]] == [(3 * 2 * 6, "at most")] * 2
         course = chosen.selection.course
-        assert course[0].trained.loss == pytest.approx(2 + 0.05 * 5.5 - 0.3 - 0.5 - 0.02 * 5.5)
+        start = course[0].trained
+        assert start.loss == pytest.approx(2 + 0.05 * 5.5 - 0.3 - 0.5 - 0.02 * 5.5)
+        assert (start.accuracy, start.spread) == pytest.approx((1 - start.loss / 4, 0.03 / 4 / math.sqrt(2)))
         assert course[1].part == f"weights of {DEPTHWISE}"
         rivals = short_rivals(chosen, limit)
         assert rivals[-1] == ("full", "nothing frozen", course[0].choice)

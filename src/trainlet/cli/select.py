@@ -185,6 +185,7 @@ def _frozen(chosen: Chosen, max_drop: float | None, judges: int) -> dict[str, An
         "parts_frozen": len(course) - 1,
         "first_accuracy": course[0].trained.accuracy,
         "accuracy": course[-1].trained.accuracy,
+        "accuracy_spread": course[-1].trained.spread,
         "accuracy_drop": drop(course, course[-1].trained),
     }
 
@@ -233,12 +234,13 @@ def _report(
 
 
 def _course(course: Sequence[Mapping[str, Any]], judges: int) -> Table:
+    names = ("loss", "accuracy", "accuracy_spread")
     rows = [
-        (step["frozen"] or "nothing", grouped(step["planned_bytes"]), _number(step["loss"]), _number(step["accuracy"]))
+        (step["frozen"] or "nothing", grouped(step["planned_bytes"]), *(_number(step[k]) for k in names))
         for step in course
     ]
-    title = f"frozen in this order; {judges} images judge, one is {1 / judges:.4f} of accuracy"
-    return Table(title, ("", "SRAM, planned bytes", "loss", "accuracy"), rows)
+    title = f"frozen in this order; {judges} images judge, one is {1 / judges:.4f} of accuracy; ± over seeds"
+    return Table(title, ("", "SRAM, bytes", "loss", "accuracy", "±"), rows)
 
 
 def _number(v: float | None) -> str:

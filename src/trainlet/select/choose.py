@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import mean, stdev
 from typing import Final
 
 from trainlet.autodiff.scheme import UpdateScheme, trainable_layers
@@ -81,7 +82,7 @@ def find_selector(method: str, max_drop: float | None) -> SelectorOf:
 
 def _freezing(max_drop: float | None, runner: Runner, effort: Effort, seed: int) -> Selector:
     layers = tuple(trainable_layers(runner.study.graph))
-    seeds = range(seed, seed + effort.seeds)
+    seeds = range(seed, seed + effort.final_seeds)
 
     def train(choices: Sequence[Choice], left: int) -> list[Trained]:
         runner.clock.later, runner.clock.word = SHORTLIST * len(seeds) * left, "at most"
@@ -90,8 +91,8 @@ def _freezing(max_drop: float | None, runner: Runner, effort: Effort, seed: int)
 
     def tell(step: Frozen) -> None:
         runner.progress.line(
-            f"{f'{step.part} frozen' if step.part else 'nothing frozen'}: accuracy {step.trained.accuracy:.4f}, loss "
-            f"{step.trained.loss:.4f}, {step.cost} bytes"
+            f"{f'{step.part} frozen' if step.part else 'nothing frozen'}: accuracy {step.trained.accuracy:.4f} ± "
+            f"{step.trained.spread:.4f}, loss {step.trained.loss:.4f}, {step.cost} bytes"
         )
 
     return partial(freeze, train=train, max_drop=max_drop, tell=tell)
@@ -100,8 +101,9 @@ def _freezing(max_drop: float | None, runner: Runner, effort: Effort, seed: int)
 def _trained(results: Sequence[Result]) -> Trained:
     """The means over seeds; as bad as can be where one of them diverged."""
     if any(r["problem"] for r in results):
-        return Trained(math.inf, 0.0)
-    return Trained(*(sum(float(r[k]) for r in results) / len(results) for k in ("loss", "accuracy")))
+        return Trained(math.inf, 0.0, 0.0)
+    losses, accuracies = ([float(r[k]) for r in results] for k in ("loss", "accuracy"))
+    return Trained(mean(losses), mean(accuracies), stdev(accuracies) if len(accuracies) > 1 else 0.0)
 
 
 def _in_groups(results: Sequence[Result], size: int) -> list[Sequence[Result]]:

@@ -168,8 +168,9 @@ class _Freezing:
         enough = math.ceil(fallen * 1e4 - _ROUNDING) / 1e4
         return OverBudgetError(
             f"{self.limit.graph.name}: frozen until it fits, accuracy falls by {fallen:.4f} to "
-            f"{course[-1].trained.accuracy:.4f}, more than --max-drop {self.max_drop:g}; give --max-drop {enough:g} or "
-            "more memory: the runs are kept, and are not done again in the same --out"
+            f"{course[-1].trained.accuracy:.4f} (± {course[-1].trained.spread:.4f} over seeds), more than --max-drop "
+            f"{self.max_drop:g}; give --max-drop {enough:g} or more memory: the runs are kept, and are not done again "
+            "in the same --out"
         )
 
 

@@ -51,10 +51,11 @@ class Choice:
 @dataclass(frozen=True)
 class Trained:
     """What training a choice came to, over the images that judge it: ``loss``, infinite where it diverged, and
-    ``accuracy``, 0 to 1."""
+    ``accuracy``, 0 to 1, each a mean over seeds; ``spread``: standard deviation of the accuracy over them."""
 
     loss: float
     accuracy: float
+    spread: float
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,7 @@ def _frozen(f: Frozen) -> dict[str, Any]:
         "planned_bytes": f.cost,
         "loss": _number(f.trained.loss),
         "accuracy": f.trained.accuracy,
+        "accuracy_spread": f.trained.spread,
     }
 
 
