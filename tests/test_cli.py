@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cli_run import Run
 from graphs import float_chain, int8_chain
 from PIL import Image as PilImage
 
@@ -29,8 +30,6 @@ from trainlet.errors import DeviceError, MismatchError, ToolMissingError
 from trainlet.frontends import graph_file as irfile
 from trainlet.train import statefile
 from trainlet.train.loop import DEFAULT_LR, default_lr
-
-Run = Callable[..., tuple[int, dict[str, Any], str]]
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +49,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     x = rng.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
     np.savez(root / "arrays.npz", x_train=x[:9], y_train=np.arange(9) % 3, x_val=x[9:], y_val=np.arange(3))
     return root
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command with --json: exit code, the one JSON object, standard error."""
-
-    def call(*args: object) -> tuple[int, dict[str, Any], str]:
-        code = main([*map(str, args), "--json"])
-        out, err = capsys.readouterr()
-        assert out.count("\n") == 1, "one line, the JSON object"
-        return code, json.loads(out), err
-
-    return call
 
 
 def train_args(files: Path, out: Path, *more: object) -> list[object]:

@@ -24,9 +24,10 @@ import numpy as np
 from trainlet.autodiff.scheme import UpdateScheme, trainable_layers, weight_axis
 from trainlet.errors import MismatchError
 from trainlet.select.cheap import agreement, cheap_contributions, gradient_job
-from trainlet.select.jobs import Clock, Executor, JobStore, Result, run_jobs
+from trainlet.select.jobs import Clock, Executor, run_jobs
 from trainlet.select.problem import RATIOS, Choice, Contributions
 from trainlet.select.runs import Length, Study, train_job
+from trainlet.select.store import JobStore, Result
 from trainlet.train.loop import DEFAULT_LR, Progress
 
 REFERENCE_SHARE: Final = 0.8

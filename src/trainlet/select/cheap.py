@@ -21,9 +21,9 @@ from trainlet.compiler import compile_model
 from trainlet.errors import UsageError
 from trainlet.ir import Graph, Node
 from trainlet.ops import Conv2d
-from trainlet.select.jobs import Result, Spec
 from trainlet.select.problem import RATIOS, Contributions
-from trainlet.select.runs import Part, Place, Study, feed, open_job, train
+from trainlet.select.runs import Part, Place, Study, check_data, feed, open_job, train
+from trainlet.select.store import Result, Spec
 from trainlet.session.host import HostSession
 
 ESTIMATORS: Final = ("fisher", "descent")
@@ -127,6 +127,7 @@ def gradient_job(place: Place, spec: Spec) -> Result:
     chosen = np.linspace(0, len(fit.indices) - 1, count).astype(np.int64)
     found = {name: _Layer(graph, node) for name, node in layers.items()}
     _accumulate(session, fit, chosen, head, list(found.values()))
+    check_data(place, spec)
     return {"layers": {name: layer.scores(count) for name, layer in found.items()}}
 
 
