@@ -84,7 +84,7 @@ def check_dx(lib: ctypes.CDLL, case: ConvCase, w: Weights, c: Conv) -> None:
     for cuts in ((0, c.in_h), tuple(range(c.in_h + 1))):
         rho, e, rx = block([i["rho"]], np.int8), block([0], np.int16), block(np.zeros_like(a["rx"]))
         mask = Mask(bits.at if bits is not None else None, None, 0, 0)
-        site = Site(i["streams"][0], rho.at, e.at, grads, len(more), mask)
+        site = Site(i["sites"][0], rho.at, e.at, grads, len(more), mask)
         step = Step(key, i["A"], 0, 0)
         for y0, y1 in pairwise(cuts):
             g = Grad(plain(r), i["e_y"])
@@ -107,7 +107,7 @@ def check_dw(lib: ctypes.CDLL, case: ConvCase, c: Conv) -> None:
     cg = a["w"].shape[3]
     kept = np.concatenate([g * cg + channels for g in range(i["groups"])])
     x, r, rates, table = block(a["x"][..., kept]), block(a["r"]), block(rate), block(channels, np.uint16)
-    d = Dw(i["streams"][1], table.at, len(channels), bits, numerics.pre_shift(127 * 255 * c.out_h * c.out_w), rates.at)
+    d = Dw(i["sites"][1], table.at, len(channels), bits, numerics.pre_shift(127 * 255 * c.out_h * c.out_w), rates.at)
     step = Step(mix(i["seed"] + 0x9E3779B9 * i["step"]), 0, 0, 0)
     work = planned(lib, "conv2d_dw_scratch", c, len(channels))
     lib.tl_conv2d_dw_s8(
