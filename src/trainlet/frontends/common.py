@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from trainlet.attrs import Attrs, AvgPool
 from trainlet.errors import UnsupportedError, UsageError
+from trainlet.frontends.limits import check_free
 from trainlet.ir.graph import Graph, GraphBuilder, Kind, Node, Value
 
 DEAD_RATIO = 2.0**-16  # a channel whose scale is below this share of the layer's largest has no usable scale
@@ -104,6 +105,7 @@ def attach_head(graph: Graph, classes: int, *, keep: bool = False) -> Graph:
     features = feature_pool(graph).outputs[0]
     start, bias_start = _own_head(graph, classes, features) if keep else (None, np.zeros(classes, np.float32))
     base = replace(graph, outputs=(features,)).with_nodes(nodes)
+    check_free(base, ("head.weight", "head.bias", "logits"))
     g = GraphBuilder(graph.name, base)
     g.nodes.extend(nodes)
     weight = g.add(Value("head.weight", (classes, base.values[features].size), "f32", Kind.STATE), start)
