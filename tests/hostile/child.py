@@ -51,7 +51,7 @@ def _confine(kind: Kind) -> None:
     os.dup2(null, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 31, 1 << 31))
-    warnings.simplefilter("error", RuntimeWarning)  # of numpy: a number that nobody looked at
+    warnings.filterwarnings("error", category=RuntimeWarning, module=r"trainlet\.")  # a number that nobody looked at
     if kind.limits.nbytes:
         end = _virtual("VmSize") + ROOM * kind.limits.nbytes
         resource.setrlimit(resource.RLIMIT_AS, (end, end))

@@ -18,7 +18,8 @@ def _signature(fault: str, detail: str) -> str:
     """What equal failures have in common: of a traceback the innermost place and the type of the error."""
     lines = [line.strip() for line in detail.strip().splitlines()]
     if fault != "tracebacks":
-        return re.sub(r"\S*/|\d{4,}", "", lines[0])[:160] if lines else ""
+        first, error, rest = (lines or [""])[0].partition("error:")
+        return re.sub(r"\S*/", "", first) + error + re.sub(r"[-+\d]+", "", rest)[:120]
     places = [line for line in lines if line.startswith("File ")]
     return f"{places[-1] if places else ''} {lines[-1].split(':')[0][:200]}"
 
