@@ -103,11 +103,6 @@ def test_changed_images_are_other_jobs_and_other_prefixes(tmp_path: Path) -> Non
     assert len(list((tmp_path / "cache").glob("*.bin"))) == 4
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the fingerprint of a folder is names and sizes; take this mark off with it",
-)
 def test_pixels_that_change_within_files_of_one_size_are_other_jobs(tmp_path: Path) -> None:
     """BMP, as a microcontroller's camera writes it: every image has the same size."""
     keys = []

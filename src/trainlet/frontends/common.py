@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainlet.errors import UnsupportedError, UsageError
+from trainlet.frontends.limits import check_free
 from trainlet.ir import Attrs, Graph, GraphBuilder, Kind, Node, Operands, Value
 from trainlet.ops.pool import is_global
 from trainlet.ops.roles import heads
@@ -74,6 +75,7 @@ def attach_head(graph: Graph, classes: int, *, keep: bool = False) -> Graph:
     x = features(graph)
     start, bias_start = _own_head(graph, classes, x) if keep else (None, np.zeros(classes, np.float32))
     base = graph.with_interface(outputs=(x,)).with_nodes(nodes)
+    check_free(base, ("head.weight", "head.bias", "logits"))
     g = GraphBuilder(graph.name, base)
     g.nodes.extend(nodes)
     size = base.values[x].size

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, BinaryIO, Literal, NoReturn, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError
@@ -24,14 +25,15 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from trainlet.errors import UnsupportedError, UsageError
+from trainlet.frontends.limits import MAX_NAME, MAX_NODES, MAX_VALUES, check_count, check_limits
 from trainlet.ir import DTYPES, Array, Attrs, DepthFirst, Graph, Interface, Kind, Node, Operands, QParams, Stage, Value
 from trainlet.ops import OPS
 from trainlet.verify import VerifyError, verify_graph
 
 FORMAT = "trainlet-graph"
 VERSION = 2
-MAX_JSON_BYTES = 64 << 20
-MAX_TENSOR_BYTES = 1 << 30
+MAX_JSON_BYTES = 16 << 20  # parsed it takes up to 25 times its size
+MAX_TENSOR_BYTES = 256 << 20
 MAX_ELEMENTS = 1 << 30
 MAX_RANK = 8
 
@@ -46,9 +48,10 @@ E = TypeVar("E", bound=StrEnum)
 def save(graph: Graph, path: Path) -> None:
     """Writes ``graph`` to ``path`` (which ends in .json) and its data beside it. The same graph gives the same bytes.
 
-    Raises VerifyError for a graph that ``load`` would refuse, UnsupportedError for one whose nodes have been placed
-    (they run depth first, or write over inputs) or have kernels; nothing is written then."""
+    Raises VerifyError for a graph that ``load`` would refuse, UnsupportedError for one above a limit of files, or whose
+    nodes have been placed (they run depth first, or write over inputs) or have kernels; nothing is written then."""
     verify_graph(graph)
+    check_limits(graph)
     placed = next((n for n in graph.nodes if n.overwrites or n.kernel or isinstance(n.attrs, DepthFirst)), None)
     if placed is not None:
         raise UnsupportedError(
@@ -79,10 +82,13 @@ def load(path: Path) -> Graph:
     try:
         graph = _decode_graph(document, lambda names, sha: _parse_tensors(tensors, blob, names, sha))
         verify_graph(graph)
+        check_limits(graph)
     except _FileError as e:
         raise UsageError(f"{path}: {e}") from None
     except VerifyError as e:
         raise UsageError(f"{path}: not a valid graph: {e}") from None
+    except UnsupportedError as e:
+        raise UsageError(f"{path}: {e}") from None
     return graph
 
 
@@ -100,10 +106,17 @@ def _tensor_path(path: Path) -> Path:
     return path.with_suffix(".safetensors")
 
 
+def _open(path: Path) -> BinaryIO:
+    return path.open("rb")
+
+
 def _read(path: Path, limit: int) -> bytes:
     try:
-        with path.open("rb") as f:
-            raw = f.read(limit + 1)
+        if path.exists() and not path.is_file():  # to open a pipe would wait for whoever writes it
+            raise UsageError(f"{path}: cannot be read: it is no file")
+        with _open(path) as f:
+            size = os.fstat(f.fileno()).st_size  # reading asks for its memory before it looks at the file
+            raw = f.read(min(size, limit) + 1)
     except OSError as e:
         raise UsageError(f"{path}: cannot be read: {e.strerror}") from None
     if len(raw) > limit:
@@ -149,9 +162,17 @@ def _list(item: str, value: object) -> list[Any]:
     return value
 
 
+def _some(item: str, value: object, limit: int) -> list[Any]:
+    found = _list(item, value)
+    check_count(item, len(found), limit)
+    return found
+
+
 def _text(item: str, value: object) -> str:
     if not isinstance(value, str) or not value or not value.isprintable():
         _fail(item, f"a printable text, not {_kind(value)}")
+    if len(value) > MAX_NAME:
+        _fail(item, f"a text of at most {MAX_NAME} characters, not {len(value)}")
     return value
 
 
@@ -372,7 +393,7 @@ def _decode_graph(document: object, tensors: Callable[[tuple[str, ...], str], di
     face = ("interface",) if version > 1 else ("inputs", "outputs")
     r = _record("the file", document, ("format", "version", "name", "stage", *face, "tensors", "values", "nodes"))
     values: dict[str, Value] = {}
-    for i, raw in enumerate(_list("values", r["values"])):
+    for i, raw in enumerate(_some("values", r["values"], MAX_VALUES)):
         v = _decode_value(f"values[{i}]", raw, version)
         if v.name in values:
             _fail(f"value {v.name!r}", "is defined once")
@@ -386,7 +407,9 @@ def _decode_graph(document: object, tensors: Callable[[tuple[str, ...], str], di
         stage=_member("stage", r["stage"], Stage),
         interface=_decode_interface(r, version),
         values=values,
-        nodes=tuple(_decode_node(f"nodes[{i}]", raw, version) for i, raw in enumerate(_list("nodes", r["nodes"]))),
+        nodes=tuple(
+            _decode_node(f"nodes[{i}]", raw, version) for i, raw in enumerate(_some("nodes", r["nodes"], MAX_NODES))
+        ),
         data=data,
     )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from trainlet.errors import UsageError
+from trainlet.errors import UnsupportedError, UsageError
+from trainlet.frontends.limits import MAX_SIDE, check_limits
 from trainlet.ir import Graph, Node, Value
 from trainlet.ops import OPS, AvgPool, RuleError
 from trainlet.ops.pool import is_global
@@ -18,6 +19,8 @@ def at_size(graph: Graph, height: int, width: int) -> Graph:
     image = graph.image
     if min(height, width) < 1:
         raise UsageError(f"--size {height}x{width}: an image has at least one pixel; give sizes from 1 on")
+    if max(height, width) > MAX_SIDE:
+        raise UsageError(f"--size {height}x{width}: at most {MAX_SIDE} are possible; give a smaller size")
     values = {**graph.values, image.name: replace(image, shape=(height, width, image.shape[2]))}
     nodes = []
     for node in graph.nodes:
@@ -29,7 +32,11 @@ def at_size(graph: Graph, height: int, width: int) -> Graph:
         values |= {v: replace(values[v], shape=shape) for v, (shape, _) in zip(node.outputs, types, strict=True)}
         nodes.append(node)
     sized = replace(graph, values=values, nodes=tuple(nodes))
-    verify_graph(sized)
+    try:
+        verify_graph(sized)
+        check_limits(sized)
+    except UnsupportedError as e:
+        raise UsageError(f"--size {height}x{width}: {e}; give a smaller size") from None
     return sized
 
 

@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 
 from trainlet.errors import UnsupportedError, UsageError
+from trainlet.frontends.limits import check_limits, printable
 from trainlet.frontends.published.records import Block, Conv, Model, Residual, need, read_model
 from trainlet.frontends.published.unpickle import PickleError, loads
 from trainlet.ir import Array, Attrs, Graph, GraphBuilder, Kind, Node, Operands, QParams, Stage, Value
@@ -207,7 +208,7 @@ def load_checkpoint(path: str | Path) -> Graph:
     path = Path(path)
     data = _pickle_of(path)
     try:
-        return _graph(path.stem, read_model(loads(data)))
+        return _graph(printable(path.stem), read_model(loads(data)))
     except PickleError as e:
         raise UsageError(f"{path}: the pickle inside cannot be read: {e}; {_AGAIN}") from None
     except UsageError as e:
@@ -226,4 +227,6 @@ def _graph(name: str, model: Model) -> Graph:
     plain = classifier.kernel == (1, 1) and classifier.stride == classifier.groups == 1
     need(plain, "classifier", "it is a plain 1x1 convolution")
     walk.conv(classifier, "classifier", activation=False)
-    return walk.g.build(Stage.INT8, (walk.value,))
+    graph = walk.g.build(Stage.INT8, (walk.value,))
+    check_limits(graph)
+    return graph
