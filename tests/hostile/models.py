@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from hostile import tensors
 from hostile.case import Attack, Kind, Place
 from hostile.commands import run_commands
@@ -29,6 +31,7 @@ from hostile.mutate import (
     rename_everywhere,
     to_text,
 )
+from trainlet.errors import TrainletError
 
 SCHEMES: Final = ("head", "bias:1", "bias:3", "last:1", "last:2", "full")
 _STEMS: Final = ("model", "label", "a b", "x'\"", "-o", "int", "ä", "\udcff", "a" * 200, "con", "tl_model", "..", "%s")
@@ -117,11 +120,12 @@ def _graphs(base: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
 
 
 def _renamed(rng: random.Random, document: dict[str, Any], arrays: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """One name of a value, node or layer changed wherever it stands."""
-    items = [*document["values"], *document["nodes"]]
-    item = rng.choice(items)
-    old = item.get("layer", item["name"]) if often(rng, 0.3) else item["name"]
+    """The name of the graph, or one name of a value, node or layer, changed wherever it stands."""
     new = rng.choice(NAMES)
+    if often(rng, 0.25):
+        return {**document, "name": new}, arrays
+    item = rng.choice([*document["values"], *document["nodes"]])
+    old = item.get("layer", item["name"]) if often(rng, 0.3) else item["name"]
     return rename_everywhere(document, old, new), {new if k == old else k: v for k, v in arrays.items()}
 
 
@@ -146,6 +150,33 @@ def _make_graph(rng: random.Random, place: Place) -> Attack:
     return _write_graph(rng, place, document, arrays, how)
 
 
+def _make_float(rng: random.Random, place: Place) -> Attack:
+    """A graph of stage float with other numbers, calibrated with random images and saved as integers."""
+    document, arrays = rng.choice([g for g in _graphs(place.base) if g[0]["stage"] == "float"])
+    if often(rng, 0.3):
+        document = change_tree(rng, document)
+    for name in rng.sample(sorted(arrays), rng.randrange(4)):
+        arrays = {**arrays, name: change_values(rng, arrays[name])}
+    model = _write(place, document, tensors.write(arrays))
+    images, per_channel = rng.randbytes(5 * 8 * 8 * 3), often(rng, 0.5)
+
+    def attack() -> str:
+        from trainlet.frontends import graph_file
+        from trainlet.frontends.quantize import quantize
+
+        place.out.mkdir()
+        try:
+            x = np.frombuffer(images, np.int8).reshape(5, 8, 8, 3)
+            made = quantize(graph_file.load(model), x, per_channel=per_channel)
+            graph_file.save(made, place.out / "quantized.json")
+            graph_file.load(place.out / "quantized.json")
+        except TrainletError as e:
+            return type(e).__name__
+        return "quantized"
+
+    return attack
+
+
 def write_numbers(rng: random.Random, place: Place) -> Path:
     """A model of stage int8 with other numbers of the same types; its file."""
     document, arrays = rng.choice([g for g in _graphs(place.base) if g[0]["stage"] == "int8"])
@@ -156,8 +187,9 @@ def write_numbers(rng: random.Random, place: Place) -> Path:
     return _write(place, document, tensors.write(arrays))
 
 
-def _write(place: Place, document: dict[str, Any], blob: bytes) -> Path:
-    document = {**document, "tensors": {**document["tensors"], "sha256": hashlib.sha256(blob).hexdigest()}}
+def _write(place: Place, document: Any, blob: bytes) -> Path:
+    if isinstance(document.get("tensors"), dict):
+        document = {**document, "tensors": {**document["tensors"], "sha256": hashlib.sha256(blob).hexdigest()}}
     model = place.work / "graph.json"
     model.write_text(to_text(document))
     model.with_suffix(".safetensors").write_bytes(blob)
@@ -207,5 +239,6 @@ def _make_scheme(rng: random.Random, place: Place) -> Attack:
 KINDS: Final = (
     Kind("pickle", _prepare_checkpoint, _make_checkpoint),
     Kind("graph", prepare_graphs, _make_graph),
+    Kind("float", prepare_graphs, _make_float),
     Kind("scheme", _prepare_scheme, _make_scheme),
 )

@@ -83,7 +83,7 @@ def _fifo(place: Place) -> None:
     (place.out / "x.png").read_bytes()
 
 
-_SOME: Final = 1 << 26
+_SOME: Final = 1 << 25
 
 
 def _fills(place: Place) -> None:
@@ -161,9 +161,9 @@ WRONG: Final = {
     "tracebacks": (_kind("key-error", _key_error), _kind("thread", _thread), _kind("exit-code", _exit_code)),
     "crashes": (_kind("segfault", _segfault, compiles=True), _kind("abort", _abort), _kind("quits", _quits)),
     "hangs": (
-        _kind("sleep", _sleep, seconds=0.3),
-        _kind("spins", _spins, seconds=0.3),
-        _kind("fifo", _fifo, seconds=0.3),
+        _kind("sleep", _sleep, seconds=0.15),
+        _kind("spins", _spins, seconds=0.15),
+        _kind("fifo", _fifo, seconds=0.15),
     ),
     "memory": (
         _kind("fills", _fills, nbytes=_SOME),

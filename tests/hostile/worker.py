@@ -22,8 +22,10 @@ from hostile.sandbox import run_cases
 from hostile.tally import Tally
 
 MODULES: Final = ("models", "data", "states", "calls", "kernels", "planted", "planted_calls")
-SHARES: Final = {"graph": 6, "pickle": 4, "scheme": 2, "npz": 4, "npy": 1, "images": 3, "state": 2, "checkpoint": 1,
-                 "jobs": 3, "calls": 6, "numbers": 0.3, "chip": 0.15}  # fmt: skip
+SHARES: Final = {
+    "graph": 6, "pickle": 4, "float": 2, "scheme": 2, "npz": 4, "npy": 1, "images": 3, "state": 2, "checkpoint": 1,
+    "jobs": 3, "calls": 6, "numbers": 0.3, "chip": 0.15,
+}  # fmt: skip
 """How many batches of each kind come in a long run, beside those of the others."""
 
 WARM: Final = (
