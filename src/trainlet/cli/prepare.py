@@ -13,7 +13,6 @@ from trainlet.autodiff.scheme import UpdateScheme, extra_memory_bytes, resolve
 from trainlet.compiler import Passes, compile_model
 from trainlet.emit import Compiled
 from trainlet.errors import OverBudgetError, UsageError
-from trainlet.frontends import graph_file as irfile
 from trainlet.ir.graph import Graph, Stage
 from trainlet.plan.arena import largest_alive
 from trainlet.toolchain.targets import DEFAULT_TARGET, Target, find_target, parse_size, with_limits
@@ -63,7 +62,7 @@ class Prepared:
 
 def load_model(path: Path) -> Graph:
     """The INT8 graph of a model file, or of a graph that `trainlet import --out` wrote."""
-    graph = irfile.load(path) if path.suffix == ".json" else frontends.load(path)
+    graph = frontends.load(path)
     if graph.stage is not Stage.INT8:
         raise UsageError(
             f"{path}: a graph of stage {graph.stage}; give one of stage int8, as `trainlet import` writes it"
