@@ -122,6 +122,26 @@ def test_plan(files: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None
     assert "lower bound" in capsys.readouterr().out
 
 
+def test_passes_are_switched_off(files: Path, tmp_path: Path, run: Run) -> None:
+    common = ["--model", files / "chain.json", "--scheme", "last:2", "--classes", 5]
+    off = ["--without", "fuse", "--without", "depth_first"]
+    (_, whole, _), (code, less, _) = run("plan", *common), run("plan", *common, *off)
+    assert code == 0
+    assert less["without"] == ["fuse", "depth_first", "by_rows"]
+    assert less["input"] == "image"
+    assert less["model_hash"] == whole["model_hash"]
+    assert less["arena_bytes"] != whole["arena_bytes"]
+    assert run("compile", *common, *off, "--out", tmp_path / "c")[0] == 0
+    assert "--input image --without fuse --without depth_first" in (tmp_path / "c" / "README.md").read_text()
+    for name in ("plan", "compile", "validate"):
+        out = ["--out", tmp_path / "d"] if name == "compile" else []
+        code, error, _ = run(name, *common, *out, "--without", "speed")
+        assert code == 2
+        assert "the passes are fuse, reorder, inplace, depth_first, by_rows" in error["error"]
+    code, error, _ = run(*train_args(files, tmp_path / "t", "--without", "speed"))
+    assert (code, (tmp_path / "t").exists()) == (2, False)
+
+
 def test_sram_is_arena_and_state(files: Path, run: Run) -> None:
     args = ["plan", "--model", files / "chain.json", "--scheme", "full", "--classes", 5]
     _, found, _ = run(*args)

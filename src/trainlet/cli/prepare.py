@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainlet import frontends
 from trainlet.autodiff.scheme import UpdateScheme, extra_memory_bytes, resolve
-from trainlet.compiler import Passes, compile_model
+from trainlet.compiler import ALL, Passes, compile_model
 from trainlet.emit import Compiled
 from trainlet.errors import OverBudgetError, UsageError
 from trainlet.ir.graph import Graph, Stage
@@ -28,7 +29,12 @@ class Prepared:
     scheme: UpdateScheme
     compiled: Compiled
     extra_memory_bytes: int
-    input: str = "rows"
+    passes: Passes
+
+    @property
+    def input(self) -> str:
+        """How the image comes: ``rows``, or ``image``."""
+        return INPUTS[not self.passes.by_rows]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -43,6 +49,7 @@ class Prepared:
             "scheme": self.scheme.name,
             "bits": self.scheme.bits,
             "input": self.input,
+            "without": list(self.passes.off),
             "model_hash": self.compiled.model_hash,
             "arena_bytes": self.compiled.plan.arena_bytes,
             "lower_bound_bytes": self.compiled.plan.lower_bound,
@@ -70,18 +77,18 @@ def load_model(path: Path) -> Graph:
     return graph
 
 
-def find_passes(image: str) -> Passes:
-    """The passes for ``--input``: rows or image."""
+def find_passes(image: str, without: Sequence[str] = ()) -> Passes:
+    """The passes for ``--input``, rows or image, and ``--without``. UsageError where they are none."""
     if image not in INPUTS:
         raise UsageError(f"--input {image!r}: the image comes as {' or '.join(INPUTS)}; give one of them")
-    return Passes(by_rows=image == "rows")
+    return Passes.without(*without, *(("by_rows",) if image == "image" else ()))
 
 
-def prepare(model: Graph, scheme: UpdateScheme, classes: int, image: str = "rows") -> Prepared:
-    """Attaches the head and compiles; ``image`` is ``--input``."""
+def prepare(model: Graph, scheme: UpdateScheme, classes: int, passes: Passes = ALL) -> Prepared:
+    """Attaches the head and compiles."""
     graph = frontends.attach_head(model, classes)
-    compiled = compile_model(graph, scheme, passes=find_passes(image))
-    return Prepared(model, scheme, compiled, extra_memory_bytes(graph, scheme), image)
+    compiled = compile_model(graph, scheme, passes=passes)
+    return Prepared(model, scheme, compiled, extra_memory_bytes(graph, scheme), passes)
 
 
 def resolve_scheme(spec: str, model: Graph, bits: int | None) -> UpdateScheme:
