@@ -70,7 +70,10 @@ Model = Annotated[Path, typer.Option(help="Model file: a published checkpoint (.
 Scheme = Annotated[str, typer.Option(help="What trains: 99kb, head, bias:K, last:K, full, or a JSON file.")]
 Classes = Annotated[int, typer.Option(help="Number of classes of the new head.")]
 Bits = Annotated[int | None, typer.Option(help="Width of a trained weight: 8 (default), 12 or 16.")]
-Sram = Annotated[str | None, typer.Option(help="Refuse a plan above this, such as 256K: arena and state together.")]
+Sram = Annotated[
+    str | None,
+    typer.Option(help="All SRAM, such as 256K, stack included; arena and state alone without a chip."),
+]
 Input = Annotated[
     str,
     typer.Option("--input", help="How the image comes: by rows, and is never kept whole, or as an image in the arena."),
@@ -149,9 +152,7 @@ def compile_(
     chip = choose_target(find_target(target).core, target, sram, flash) if target else None
     check_folder(prepare_out(out))
     p = prepare_model(model, scheme, classes, bits, find_passes(input, without or ()))
-    if chip is None:
-        check_sram(p, sram)
-    facts, tables, lines = _linked(p, chip) if chip else ({}, [], [])
+    facts, tables, lines = _linked(p, chip) if chip else ({}, [], check_sram(p, sram))
     # without the folders, which must not change the bytes of what is written
     words = ["trainlet", "compile", "--model", model.name, "--scheme", Path(scheme).name, "--classes", str(classes)]
     words += ["--bits", str(p.scheme.bits), "--input", p.input]
@@ -293,8 +294,7 @@ def train(
     dataset = _dataset(data, Transform(_shape(graph), resize, words))
     prepare_out(out)
     p = prepare(graph, chosen, len(dataset.classes), passes)
-    if chip is None:
-        check_sram(p, sram)
+    said = check_sram(p, sram) if chip is None else []
     session, measured = _place(p, chip)
     meta = StateMeta(graph.name, session.model_hash, chosen.to_json(), dataset.classes, chosen.bits, resize)
     facts = {"extra_memory_bytes": p.extra_memory_bytes, "device": on}
@@ -303,7 +303,7 @@ def train(
     run = Run(session, dataset, config, out, meta, facts=facts, progress=RichProgress())
     result = {**run.start(resume=resume, overwrite=overwrite), **measured()}
     tables = [memory_table(p), _result_table(result), *measured_table(measured())]
-    lines = [f"warning: {text}" for text in result["warnings"]]
+    lines = [*said, *(f"warning: {text}" for text in result["warnings"])]
     if result["already_finished"]:
         lines.append("this run had finished before, with these settings: nothing was done, --overwrite begins it again")
     return Report(result, tables, [*lines, f"trained state: {result['state']}"])

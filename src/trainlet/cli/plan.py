@@ -74,8 +74,7 @@ def plan(
 
     chip = _chip(measure or profile, on, target, sram, flash)
     p = prepare_model(model, scheme, classes, bits, find_passes(input, without or ()), pixels)
-    if chip is None:
-        check_sram(p, sram)
+    said = check_sram(p, sram) if chip is None else []
     largest = p.largest()
     data = {**p.facts(), "classes": classes, "largest": largest}
     rows = [(t["tensor"], t["layer"], grouped(t["bytes"])) for t in largest]
@@ -84,7 +83,7 @@ def plan(
         data["picture"] = str(picture)
     tables = [memory_table(p), Table("largest buffers at the peak", ("buffer", "layer", "bytes"), rows)]
     if chip is None:
-        return Report(data, tables)
+        return Report({**data, "notes": said}, tables, said)
     facts, measured, lines = _measure(p, classes, chip, profile)
     return Report({**data, **facts}, [*tables, *measured], lines)
 

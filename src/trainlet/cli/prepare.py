@@ -16,7 +16,8 @@ from trainlet.emit import Compiled
 from trainlet.errors import OverBudgetError, UsageError
 from trainlet.ir.graph import Graph, Stage
 from trainlet.plan.arena import largest_alive
-from trainlet.toolchain.targets import DEFAULT_TARGET, Target, find_target, parse_size, with_limits
+from trainlet.toolchain.budget import Budget
+from trainlet.toolchain.targets import DEFAULT_TARGET, Target, find_target
 
 INPUTS = ("rows", "image")
 
@@ -99,6 +100,7 @@ def resolve_scheme(spec: str, model: Graph, bits: int | None) -> UpdateScheme:
 def choose_target(on: str, name: str | None, sram: str | None, flash: str | None) -> Target | None:
     """The chip of ``--on`` with its memory cut to ``--sram`` and ``--flash``; None for the host. UsageError where they
     contradict each other."""
+    budget = Budget.parse(sram, flash)
     if on == "host":
         given = "--target" if name is not None else "--flash" if flash is not None else ""
         if given:
@@ -109,15 +111,15 @@ def choose_target(on: str, name: str | None, sram: str | None, flash: str | None
     target = find_target(name or DEFAULT_TARGET[on])
     if target.core != on:
         raise UsageError(f"--on {on} --target {target.name}: that is a {target.core}; give --on {target.core}")
-    limits = (parse_size(v, o) if v is not None else None for v, o in ((sram, "--sram"), (flash, "--flash")))
-    return with_limits(target, *limits)
+    return budget.cut(target)
 
 
-def check_sram(p: Prepared, sram: str | None) -> None:
-    """OverBudgetError where arena and state together exceed ``sram``."""
-    if sram is None:
-        return
-    limit = parse_size(sram)
+def check_sram(p: Prepared, sram: str | None) -> list[str]:
+    """What there is to say of ``sram`` where no chip is named: it can be compared with arena and state alone.
+    OverBudgetError where they exceed it."""
+    limit = Budget.parse(sram).sram
+    if limit is None:
+        return []
     arena, state = p.compiled.plan.arena_bytes, p.compiled.state_bytes
     if arena + state > limit:
         largest = ", ".join(f"{t['tensor']} of {t['layer']} ({t['bytes']})" for t in p.largest(3))
@@ -126,6 +128,10 @@ def check_sram(p: Prepared, sram: str | None) -> None:
             f"{limit} bytes of --sram by {arena + state - limit}; largest at the peak: {largest}. Choose a scheme that "
             "updates less, fewer --bits, or more memory"
         )
+    return [
+        f"--sram: no chip is named, so arena and state alone were counted, {arena + state} of {limit} bytes; the stack "
+        "and what else a program has there come on top"
+    ]
 
 
 def prepare_out(out: Path) -> Path:
