@@ -28,6 +28,7 @@ from trainlet.cli import prepare as prepare_module
 from trainlet.cli.output import RichProgress
 from trainlet.errors import DeviceError, MismatchError, ToolMissingError
 from trainlet.frontends import graph_file as irfile
+from trainlet.toolchain.targets import parse_size
 from trainlet.train import statefile
 from trainlet.train.loop import DEFAULT_LR, default_lr
 
@@ -108,11 +109,33 @@ def test_plan(files: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None
     assert "lower bound" in capsys.readouterr().out
 
 
+def test_passes_are_switched_off(files: Path, tmp_path: Path, run: Run) -> None:
+    common = ["--model", files / "chain.json", "--scheme", "last:2", "--classes", 5]
+    off = ["--without", "fuse", "--without", "depth_first"]
+    (_, whole, _), (code, less, _) = run("plan", *common), run("plan", *common, *off)
+    assert code == 0
+    assert less["without"] == ["fuse", "depth_first", "by_rows"]
+    assert less["input"] == "image"
+    assert less["model_hash"] == whole["model_hash"]
+    assert less["arena_bytes"] != whole["arena_bytes"]
+    assert run("compile", *common, *off, "--out", tmp_path / "c")[0] == 0
+    assert "--input image --without fuse --without depth_first" in (tmp_path / "c" / "README.md").read_text()
+    for name in ("plan", "compile", "validate"):
+        out = ["--out", tmp_path / "d"] if name == "compile" else []
+        code, error, _ = run(name, *common, *out, "--without", "speed")
+        assert code == 2
+        assert "the passes are fuse, reorder, inplace, depth_first, by_rows" in error["error"]
+    code, error, _ = run(*train_args(files, tmp_path / "t", "--without", "speed"))
+    assert (code, (tmp_path / "t").exists()) == (2, False)
+
+
 def test_sram_is_arena_and_state(files: Path, run: Run) -> None:
     args = ["plan", "--model", files / "chain.json", "--scheme", "full", "--classes", 5]
     _, found, _ = run(*args)
     need = found["arena_bytes"] + found["state_bytes"]
-    assert run(*args, "--sram", need)[0] == 0
+    code, found, _ = run(*args, "--sram", need)
+    assert code == 0
+    assert "arena and state alone were counted" in found["notes"][0]
     code, error, _ = run(*args, "--sram", need - 1)
     assert code == 4
     assert error["exit_code"] == 4
@@ -124,7 +147,7 @@ def test_sram_is_arena_and_state(files: Path, run: Run) -> None:
     ("text", "size"), [("320K", 327680), ("320kb", 327680), ("320 KiB", 327680), ("1M", 1 << 20), ("999", 999)]
 )
 def test_sizes(text: str, size: int) -> None:
-    assert prepare_module.parse_size(text) == size
+    assert parse_size(text) == size
 
 
 def test_train_then_eval(files: Path, tmp_path: Path, run: Run) -> None:

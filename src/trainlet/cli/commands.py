@@ -17,6 +17,7 @@ from trainlet.errors import OverBudgetError, ToolMissingError, UnsupportedError,
 
 if TYPE_CHECKING:
     from trainlet.cli.prepare import Prepared
+    from trainlet.compiler import Passes
     from trainlet.session import Session
     from trainlet.toolchain.targets import Target
     from trainlet.train.data import Dataset
@@ -69,10 +70,19 @@ Model = Annotated[Path, typer.Option(help="Model file: a published checkpoint (.
 Scheme = Annotated[str, typer.Option(help="What trains: 99kb, head, bias:K, last:K, full, or a JSON file.")]
 Classes = Annotated[int, typer.Option(help="Number of classes of the new head.")]
 Bits = Annotated[int | None, typer.Option(help="Width of a trained weight: 8 (default), 12 or 16.")]
-Sram = Annotated[str | None, typer.Option(help="Refuse a plan above this, such as 256K: arena and state together.")]
+Sram = Annotated[
+    str | None,
+    typer.Option(help="All SRAM, such as 256K, stack included; arena and state alone without a chip."),
+]
 Input = Annotated[
     str,
     typer.Option("--input", help="How the image comes: by rows, and is never kept whole, or as an image in the arena."),
+]
+Without = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--without", help="Switch a pass off: fuse, reorder, inplace, depth_first or by_rows. Give it once for each."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
 Data = Annotated[Path, typer.Option(help="Folder with {train,val}/CLASS/*.jpg, or an .npz of arrays.")]
@@ -117,6 +127,7 @@ def compile_(
     out: Annotated[Path, typer.Option(help="Folder for the C; it is made if need be.")],
     bits: Bits = None,
     input: Input = "rows",
+    without: Without = None,
     target: Annotated[
         str | None, typer.Option("--target", help="A chip that it is to be built for; `trainlet targets` lists them.")
     ] = None,
@@ -131,7 +142,7 @@ def compile_(
 
     The folder of an earlier compile is written anew. What you changed of its README and examples is kept, as are files
     of yours; it refuses where others of its files were changed, and any folder that it did not write."""
-    from trainlet.cli.prepare import check_sram, choose_target, prepare_out
+    from trainlet.cli.prepare import check_sram, choose_target, find_passes, prepare_out
     from trainlet.toolchain.folder import check_folder
     from trainlet.toolchain.package import write_package
     from trainlet.toolchain.targets import find_target
@@ -140,13 +151,12 @@ def compile_(
         raise UsageError("--flash: nothing is built for a chip; give --target too")
     chip = choose_target(find_target(target).core, target, sram, flash) if target else None
     check_folder(prepare_out(out))
-    p = prepare_model(model, scheme, classes, bits, input)
-    if chip is None:
-        check_sram(p, sram)
-    facts, tables, lines = _linked(p, chip) if chip else ({}, [], [])
+    p = prepare_model(model, scheme, classes, bits, find_passes(input, without or ()))
+    facts, tables, lines = _linked(p, chip) if chip else ({}, [], check_sram(p, sram))
     # without the folders, which must not change the bytes of what is written
     words = ["trainlet", "compile", "--model", model.name, "--scheme", Path(scheme).name, "--classes", str(classes)]
-    words += ["--bits", str(p.scheme.bits), "--input", input]
+    words += ["--bits", str(p.scheme.bits), "--input", p.input]
+    words += [word for name in p.passes.off if name != "by_rows" for word in ("--without", name)]
     if chip is not None:
         words += ["--target", chip.name, "--sram", str(chip.sram_bytes), "--flash", str(chip.flash_bytes)]
     kept = write_package(p.compiled, out, shlex.join(words), chip, overwrite=overwrite).kept
@@ -188,9 +198,10 @@ def _example(p: Prepared, chip: Target) -> tuple[dict[str, int], list[str]]:
 
 
 def prepare_model(
-    model: Path, scheme: str, classes: int, bits: int | None, image: str = "rows", pixels: int | None = None
+    model: Path, scheme: str, classes: int, bits: int | None, passes: Passes | None = None, pixels: int | None = None
 ) -> Prepared:
     from trainlet.cli.prepare import load_model, prepare, resolve_scheme
+    from trainlet.compiler import ALL
     from trainlet.frontends import at_size
 
     if pixels is not None and pixels > MAX_SIDE:
@@ -200,7 +211,7 @@ def prepare_model(
     graph = load_model(model)
     chosen = resolve_scheme(scheme, graph, bits)
     sized = graph if pixels is None else at_size(graph, pixels, pixels)
-    return prepare(sized, chosen, classes, image)
+    return prepare(sized, chosen, classes, passes or ALL)
 
 
 def memory_table(p: Prepared) -> Table:
@@ -236,6 +247,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of head, order, roundings and augmentation.")] = 0,
     bits: Bits = None,
     input: Input = "rows",
+    without: Without = None,
     limit: Annotated[int | None, typer.Option(help="Images per epoch, balanced over the classes.")] = None,
     resize: Annotated[str, typer.Option(help="crop (shorter side, then the center) or squeeze.")] = "crop",
     augment: Annotated[str, typer.Option(help="crop, flip or crop,flip: drawn anew for each image and epoch.")] = "",
@@ -256,7 +268,15 @@ def train(
     json: Json = False,
 ) -> Report:
     """Train a model on labelled images, in generated C."""
-    from trainlet.cli.prepare import check_sram, choose_target, load_model, prepare, prepare_out, resolve_scheme
+    from trainlet.cli.prepare import (
+        check_sram,
+        choose_target,
+        find_passes,
+        load_model,
+        prepare,
+        prepare_out,
+        resolve_scheme,
+    )  # fmt: skip
     from trainlet.train.data import Transform
     from trainlet.train.loop import TrainConfig, default_lr
     from trainlet.train.run import Run
@@ -265,6 +285,7 @@ def train(
     words = tuple(w.strip() for w in augment.split(",") if w.strip())
     if resume and overwrite:
         raise UsageError("--resume and --overwrite: give one of them, the first goes on and the second begins again")
+    passes = find_passes(input, without or ())
     chip = choose_target(on, target, sram, flash)
     graph = load_model(model)
     chosen = resolve_scheme(scheme, graph, bits)
@@ -272,9 +293,8 @@ def train(
     config = TrainConfig(epochs, rate, seed, limit, words, cache=not no_cache, on_divergence=on_divergence)
     dataset = _dataset(data, Transform(_shape(graph), resize, words))
     prepare_out(out)
-    p = prepare(graph, chosen, len(dataset.classes), input)
-    if chip is None:
-        check_sram(p, sram)
+    p = prepare(graph, chosen, len(dataset.classes), passes)
+    said = check_sram(p, sram) if chip is None else []
     session, measured = _place(p, chip)
     meta = StateMeta(graph.name, session.model_hash, chosen.to_json(), dataset.classes, chosen.bits, resize)
     facts = {"extra_memory_bytes": p.extra_memory_bytes, "device": on}
@@ -283,7 +303,7 @@ def train(
     run = Run(session, dataset, config, out, meta, facts=facts, progress=RichProgress())
     result = {**run.start(resume=resume, overwrite=overwrite), **measured()}
     tables = [memory_table(p), _result_table(result), *measured_table(measured())]
-    lines = [f"warning: {text}" for text in result["warnings"]]
+    lines = [*said, *(f"warning: {text}" for text in result["warnings"])]
     if result["already_finished"]:
         lines.append("this run had finished before, with these settings: nothing was done, --overwrite begins it again")
     return Report(result, tables, [*lines, f"trained state: {result['state']}"])

@@ -86,7 +86,8 @@ def select(
     from trainlet.select.limits import PlannedLimit
     from trainlet.select.runs import open_study
     from trainlet.select.store import FILE, JobStore
-    from trainlet.toolchain.targets import find_target, parse_count, parse_size, with_limits
+    from trainlet.toolchain.budget import Budget
+    from trainlet.toolchain.targets import find_target, parse_count
     from trainlet.train.loop import TrainConfig
 
     began = time.perf_counter()
@@ -99,10 +100,10 @@ def select(
         raise UsageError(f"--finalists {finalists}: for --method {' and '.join(SEARCHES)}; leave it out of {method}")
     if lr is not None:
         TrainConfig(1, lr)  # refuses what is no rate
-    flash_bytes = None if flash is None else parse_size(flash, "--flash")
-    chip = with_limits(find_target(target), parse_size(sram), flash_bytes)
+    budget = Budget.parse(sram, flash)
+    chip = budget.cut(find_target(target))
     steps = parse_count(instructions, "--instructions") if instructions is not None else None
-    if no_measure and (flash_bytes or steps):
+    if no_measure and (budget.flash or steps):
         raise UsageError("--flash and --instructions are measured; leave --no-measure out")
     graph = load_model(model)
     effort = QUICK if quick else STANDARD

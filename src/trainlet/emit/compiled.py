@@ -31,3 +31,9 @@ class Compiled:
     def state_bytes(self) -> int:
         """SRAM that holds the trained state."""
         return self.layout.nbytes
+
+    def __repr__(self) -> str:
+        return (
+            f"<Compiled {self.graph.name!r}: scheme {self.scheme.name!r}, {self.scheme.bits} bits, for "
+            f"{self.target.core}, arena {self.plan.arena_bytes} B, state {self.state_bytes} B, {self.model_hash[:16]}>"
+        )

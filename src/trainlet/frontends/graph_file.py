@@ -45,11 +45,12 @@ T = TypeVar("T")
 E = TypeVar("E", bound=StrEnum)
 
 
-def save(graph: Graph, path: Path) -> None:
+def save(graph: Graph, path: str | Path) -> None:
     """Writes ``graph`` to ``path`` (which ends in .json) and its data beside it. The same graph gives the same bytes.
 
     Raises VerifyError for a graph that ``load`` would refuse, UnsupportedError for one above a limit of files, or whose
     nodes have been placed (they run depth first, or write over inputs) or have kernels; nothing is written then."""
+    path = Path(path)
     verify_graph(graph)
     check_limits(graph)
     placed = next((n for n in graph.nodes if n.overwrites or n.kernel or isinstance(n.attrs, DepthFirst)), None)

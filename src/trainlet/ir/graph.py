@@ -296,6 +296,10 @@ class Graph:
         data = {k: v for k, v in self.data.items() if k in used}
         return replace(self, nodes=nodes, values=values, data=data, stage=stage or self.stage)
 
+    def __repr__(self) -> str:
+        counts = f"{len(self.nodes)} nodes, {len(self.values)} values"
+        return f"<Graph {self.name!r}: stage {self.stage}, {counts}, {len(self.states())} states>"
+
     def __str__(self) -> str:
         from trainlet.ir.text import to_text
 

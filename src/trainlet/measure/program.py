@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -41,9 +41,9 @@ class Work:
     for what belongs to none; ``executions`` of each halfword of flash."""
 
     instructions: int
-    nodes: Mapping[str, int]
-    functions: Mapping[str, int]
-    executions: NDArray[np.int64]
+    nodes: Mapping[str, int] = field(repr=False)
+    functions: Mapping[str, int] = field(repr=False)
+    executions: NDArray[np.int64] = field(repr=False)
 
 
 @dataclass(frozen=True)

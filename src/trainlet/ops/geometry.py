@@ -7,8 +7,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trainlet.errors import UsageError
 from trainlet.ir import Attrs, Graph, Node
 from trainlet.ops.op import Emitter, need
+
+
+def check_sizes(attrs: Attrs, **counts: int) -> None:
+    """UsageError unless each of these fields is a tuple of so many whole numbers: a single one is an easy slip."""
+    for name, count in counts.items():
+        given = getattr(attrs, name)
+        if not (isinstance(given, tuple) and len(given) == count and all(map(_is_whole, given))):
+            raise UsageError(f"{type(attrs).__name__}: {name} is a tuple of {count} whole numbers, not {given!r:.60}")
+
+
+def _is_whole(size: object) -> bool:
+    return isinstance(size, int | np.integer) and not isinstance(size, bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +40,9 @@ class Conv2d(Attrs):
     activation: bool = False
     depthwise: bool = False
     dead: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_sizes(self, kernel=2, stride=2, dilation=2, pads=4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +84,6 @@ def fan_out(conv: Conv2d, out_c: int) -> int:
 
 def need_geometry(conv: Conv2d) -> None:
     """RuleError unless the windows are ones."""
-    pairs = (conv.kernel, conv.stride, conv.dilation)
-    need(all(isinstance(p, tuple) and len(p) == 2 for p in pairs), "kernel, stride and dilation are pairs of sizes")
-    need(isinstance(conv.pads, tuple) and len(conv.pads) == 4, "pads are (top, bottom, left, right)")
     need(min(*conv.kernel, *conv.stride, *conv.dilation) > 0, "kernel, stride and dilation are at least 1")
     need(min(conv.pads) >= 0, "padding is not negative")
     need(conv.groups > 0, "groups is at least 1")

@@ -9,7 +9,7 @@ from typing import Final
 
 from trainlet.errors import UnsupportedError
 from trainlet.ir import Attrs, Bound, Graph, Node, Operands, Value
-from trainlet.ops.geometry import Conv2d, Layer, conv_out_hw, geometry_table
+from trainlet.ops.geometry import Conv2d, Layer, check_sizes, conv_out_hw, geometry_table
 from trainlet.ops.op import (
     MODEL,
     NO_WEIGHTS,
@@ -44,6 +44,9 @@ class AvgPool(Attrs):
     stride: tuple[int, int] = (1, 1)
     pads: tuple[int, int, int, int] = (0, 0, 0, 0)
 
+    def __post_init__(self) -> None:
+        check_sizes(self, kernel=2, stride=2, pads=4)
+
 
 @dataclass(frozen=True, slots=True)
 class MaxPool(Attrs):
@@ -52,6 +55,9 @@ class MaxPool(Attrs):
     kernel: tuple[int, int]
     stride: tuple[int, int] = (1, 1)
     pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    def __post_init__(self) -> None:
+        check_sizes(self, kernel=2, stride=2, pads=4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +78,6 @@ def _avg_pool_of(node: Node) -> AvgPool:
 def pooled_type(kernel: tuple[int, int], stride: tuple[int, int], pads: tuple[int, ...], x: Value) -> Type:
     """Shape and dtype of what windows over ``x`` give, one number each and channel; RuleError where they are none."""
     need(len(x.shape) == 3, "x is (H, W, C)")
-    need(len(kernel) == 2 and len(stride) == 2 and len(pads) == 4, "kernel and stride are pairs, pads are four sizes")
     need(min(*kernel, *stride) > 0 and min(pads) >= 0, "kernel and stride are at least 1")
     need(max(pads[:2]) < kernel[0] and max(pads[2:]) < kernel[1], "padding is smaller than the window")
     h, w, c = x.shape

@@ -38,20 +38,46 @@ def check_status(compiled: Compiled, status: int, label: int = 0, lr: float = 0.
     raise error(text.format(label=label, last=class_count(compiled) - 1, lr=lr, **sizes))
 
 
+def need_compiled(compiled: object) -> Compiled:
+    """The argument; UsageError where it is no compiled model."""
+    if not isinstance(compiled, Compiled):
+        raise UsageError(f"a session runs what compile_model gives, not {type(compiled).__name__} {compiled!r:.60}")
+    return compiled
+
+
+def check_rate(lr: object) -> None:
+    """UsageError where it is no number; its range is the C's to check."""
+    if isinstance(lr, bool) or not isinstance(lr, int | float | np.floating | np.integer):
+        raise UsageError(f"the learning rate is a number, not {type(lr).__name__} {lr!r:.60}")
+
+
+def check_seed(seed: object) -> None:
+    """UsageError where the C would take another number for it."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 1 << 32:
+        raise UsageError(f"seed {seed!r:.60}: give a whole number from 0 to {(1 << 32) - 1}")
+
+
 def check_label(compiled: Compiled, label: int) -> None:
     """UsageError where the head has no such class."""
+    if isinstance(label, bool) or not isinstance(label, int | np.integer):
+        raise UsageError(f"the target is one whole number, the class, not {type(label).__name__} {label!r:.60}")
     if not 0 <= label < class_count(compiled):
         check_status(compiled, BAD_ARGUMENT, label)
 
 
 def one_input(compiled: Compiled, inputs: Inputs) -> NDArray[np.generic]:
     """The array of a model's one input; UsageError where others are given."""
-    return inputs if isinstance(inputs, np.ndarray) else _only("input", compiled.graph.inputs, inputs)
+    found: object = _only("input", compiled.graph.inputs, inputs) if isinstance(inputs, Mapping) else inputs
+    if not isinstance(found, np.ndarray):
+        shape = "x".join(map(str, compiled.graph.image.shape))
+        raise UsageError(f"the image is an array, int8 {shape}, or a mapping to one, not {type(found).__name__}")
+    return found
 
 
 def one_label(compiled: Compiled, targets: Targets) -> int:
     """The class that is the one target of a training step; UsageError where something else is given."""
     if not isinstance(targets, Mapping):
+        check_label(compiled, targets)
         return int(targets)
     label = np.asarray(_only("target", compiled.graph.interface.targets, targets))
     if label.size != 1 or label.dtype.kind not in "iu":

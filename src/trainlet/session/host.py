@@ -18,8 +18,11 @@ from trainlet.session.checks import (
     check_image,
     check_label,
     check_prefix,
+    check_rate,
+    check_seed,
     check_status,
     class_count,
+    need_compiled,
     one_input,
     one_label,
 )
@@ -61,7 +64,7 @@ class HostSession:
     def __init__(
         self, compiled: Compiled, cc: str | None = None, *, flags: Sequence[str] = NATIVE, seed: int = 0
     ) -> None:
-        self.compiled = compiled
+        self.compiled = need_compiled(compiled)
         self.arena_bytes = compiled.plan.arena_bytes
         self.state_bytes = compiled.layout.nbytes
         self.model_hash = compiled.model_hash
@@ -91,6 +94,7 @@ class HostSession:
 
     def init(self, arena: NDArray[np.uint8], state: NDArray[np.uint8], seed: int) -> None:
         """Begins anew over the given memory; UsageError where it is too small or misaligned."""
+        check_seed(seed)
         init = self._function("tl_model_init", ctypes.c_int)
         status = init(
             ctypes.c_void_p(self._model),
@@ -126,6 +130,7 @@ class HostSession:
         return ctypes.c_void_p(self._model), ctypes.byref(self._context)
 
     def reset(self, seed: int) -> None:
+        check_seed(seed)
         self._function("tl_model_reset", None)(*self._pair(), ctypes.c_uint32(seed))
 
     def infer(self, inputs: Inputs) -> NDArray[np.float32]:
@@ -137,6 +142,7 @@ class HostSession:
     def train_step(self, inputs: Inputs, targets: Targets, lr: float) -> StepInfo:
         image, label = one_input(self.compiled, inputs), one_label(self.compiled, targets)
         check_label(self.compiled, label)
+        check_rate(lr)
         out = ctypes.byref(self._info)
         args = (*self._pair(), self._image(image), ctypes.c_int32(label), ctypes.c_float(lr), out)
         return self._step(self._train(*args), label, lr)
@@ -167,6 +173,7 @@ class HostSession:
 
     def train_step_cached(self, prefix: bytes, label: int, lr: float) -> StepInfo:
         check_label(self.compiled, label)
+        check_rate(lr)
         self._restore(prefix)
         out = ctypes.byref(self._info)
         status = self._train_rest(*self._pair(), ctypes.c_int32(label), ctypes.c_float(lr), out)

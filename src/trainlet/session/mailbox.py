@@ -4,6 +4,7 @@ csrc/port/main.c, runs until it waits again, and its answer is read from SRAM.""
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -23,6 +24,8 @@ from trainlet.session.checks import (
     check_image,
     check_label,
     check_prefix,
+    check_rate,
+    check_seed,
     check_status,
     class_count,
     one_input,
@@ -182,7 +185,10 @@ class DeviceSession:
         """It has ended."""
 
     def _command(self, command: Command, *, seed: int = 0, label: int = 0, lr: float = 0.0) -> tuple[StepInfo, int]:
-        self._chip.write(self._mailbox, _MAILBOX.pack(command, seed, label, lr))
+        check_seed(seed)
+        check_rate(lr)
+        rate = ctypes.c_float(lr).value  # what is too large for it is infinite, which the C refuses
+        self._chip.write(self._mailbox, _MAILBOX.pack(command, seed, label, rate))
         self._chip.resume()
         answer = self._chip.read(self._mailbox + _MAILBOX.size, _ANSWER.size)
         status, loss, prediction, saturated, logits = _ANSWER.unpack(answer)

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -50,12 +50,12 @@ class Firmware:
 
     path: Path
     target: Target
-    nodes: tuple[NodeLines, ...]
-    layout: tuple[Section, ...]
-    segments: tuple[tuple[int, bytes], ...]
-    symbols: Mapping[str, Symbol]
-    sized: tuple[Symbol, ...]
-    functions: tuple[Symbol, ...]
+    nodes: tuple[NodeLines, ...] = field(repr=False)
+    layout: tuple[Section, ...] = field(repr=False)
+    segments: tuple[tuple[int, bytes], ...] = field(repr=False)
+    symbols: Mapping[str, Symbol] = field(repr=False)
+    sized: tuple[Symbol, ...] = field(repr=False)
+    functions: tuple[Symbol, ...] = field(repr=False)
 
     @property
     def sections(self) -> dict[str, int]:

@@ -186,11 +186,13 @@ def _facts(compiled: Compiled, command: str, target: Target | None) -> dict[str,
 
 
 def write_package(
-    compiled: Compiled, out: Path, command: str, target: Target | None = None, *, overwrite: bool = False
+    compiled: Compiled, out: str | Path, command: str, target: Target | None = None, *, overwrite: bool = False
 ) -> Written:
     """Writes the folder, anew where an earlier call wrote it. What the reader changed of the README and the examples is
     kept; UsageError where anything else was changed, unless to ``overwrite`` it, or where ``out`` holds files of
-    something else. OverBudgetError where the model does not fit ``target``."""
+    something else. ``command`` is how it was made, for its README. OverBudgetError where the model does not fit
+    ``target``."""
+    out = Path(out)
     check_folder(out)
     files, facts = package_files(compiled, command, target), _facts(compiled, command, target)
     return write_folder(out, files, facts, _OWN, overwrite=overwrite)

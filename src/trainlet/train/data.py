@@ -18,7 +18,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -77,12 +77,13 @@ class Split(Protocol):
 @dataclass(frozen=True)
 class Dataset:
     """Both splits. ``fingerprint`` changes with the classes, the labels and the content of the images; see the function
-    of that name."""
+    of that name. ``transform`` is how the images of ``load_data`` were made."""
 
     classes: tuple[str, ...]
-    train: Split
-    val: Split
+    train: Split = field(repr=False)
+    val: Split = field(repr=False)
     fingerprint: str
+    transform: Transform | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +258,7 @@ def _open_folder(path: Path, transform: Transform) -> Dataset:
     ]
     train_split = _Folder(files["train"], digests["train"], labels["train"], transform)
     val_split = _Folder(files["val"], digests["val"], labels["val"], plain)
-    return Dataset(classes, train_split, val_split, fingerprint(classes, images))
+    return Dataset(classes, train_split, val_split, fingerprint(classes, images), transform)
 
 
 def _list_split(path: Path, split: str) -> dict[str, list[Path]]:
@@ -372,7 +373,7 @@ def _open_arrays(path: Path, transform: Transform) -> Dataset:
         (s, label, hashlib.sha256(x).digest()) for s in y for x, label in zip(images[s], y[s].tolist(), strict=True)
     )
     splits = [_Arrays(images[s], y[s], transform, f"{path}: x_{s}") for s in ("train", "val")]
-    return Dataset(classes, splits[0], splits[1], fingerprint(classes, each))
+    return Dataset(classes, splits[0], splits[1], fingerprint(classes, each), transform)
 
 
 _NAMES: Final = ("x_train", "y_train", "x_val", "y_val")
