@@ -89,7 +89,7 @@ I8, TR, FL = int8_chain(), train_tail(), float_chain()
 
 FAULTS: dict[str, tuple[Graph, str, str]] = {
     # the table, the stage
-    "unknown operator": (_node(I8, "pool", op="max_pool"), "'pool'", "is in the table"),
+    "unknown operator": (_node(I8, "pool", op="min_pool"), "'pool'", "is in the table"),
     "operator of another stage": (replace(TR, stage=Stage.INT8), "'check'", "stage train, lowered, not int8"),
     "attributes of another operator": (_node(I8, "add.0", attrs=Attrs()), "'add.0'", "attributes are Add, not Attrs"),
     "real weights in stage int8": (replace(FL, stage=Stage.INT8), "'conv.0'", "is s8 in stage int8"),

@@ -23,8 +23,8 @@ from trainlet.ops.geometry import (
     is_depthwise,
     need_channels,
     need_geometry,
+    need_trained,
     split_weights,
-    trained_shape,
 )
 from trainlet.ops.op import (
     MODEL,
@@ -76,7 +76,7 @@ def rule_conv2d(node: Node, ins: Bound[Value]) -> tuple[Type, ...]:
         _need_integers(a, ins, o)
     need(("trained" in ins) == ("channels" in ins), "trained weights come with a table of their channels")
     if "trained" in ins:
-        _need_trained(a, w, ins["trained"], ins["channels"])
+        need_trained(a, w, ins["trained"], ins["channels"])
     return (((oh, ow, o), x.dtype),)
 
 
@@ -86,12 +86,6 @@ def _need_integers(a: Conv2d, ins: Bound[Value], out_c: int) -> None:
     need(scale.shape == (out_c,) and scale.dtype == "f32", "scale is f32, one per output channel")
     need(a.clamp is not None and -128 <= a.clamp[0] < a.clamp[1] <= 127, "clamp lies within -128..127")
     need(ins["x"].q is not None, "x has a scale and a zero point")
-
-
-def _need_trained(a: Conv2d, w: Value, trained: Value, channels: Value) -> None:
-    need(channels.dtype == "u16" and channels.size > 0, "channels is a table of u16")
-    want = trained_shape(a, w.shape[0], channels.size)
-    need(trained.shape == want and trained.dtype == w.dtype, f"trained weights are {want}, not {trained.shape}")
 
 
 def data_conv2d(graph: Graph, node: Node) -> None:

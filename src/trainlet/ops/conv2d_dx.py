@@ -10,8 +10,17 @@ from typing import Final
 from trainlet.errors import UnsupportedError
 from trainlet.ir import Attrs, Bound, Graph, Node, Operands, Value
 from trainlet.ops import numerics, scratch
-from trainlet.ops.geometry import Conv2d, Layer, conv2d_of, conv_out_hw, fan_out, geometry_table, split_weights
-from trainlet.ops.gradient import RoundGrad, need_rounding, site_literal, sums_table
+from trainlet.ops.geometry import (
+    Conv2d,
+    Layer,
+    conv2d_of,
+    conv_out_hw,
+    fan_out,
+    geometry_table,
+    need_trained,
+    split_weights,
+)
+from trainlet.ops.gradient import RoundGrad, need_rounding, need_scale, site_literal, sums_table
 from trainlet.ops.op import (
     LOWERED,
     STEP,
@@ -105,6 +114,11 @@ def _rule_dx(node: Node, ins: Bound[Value]) -> tuple[Type, ...]:
     need(len(w.shape) == 4, "weight is (C_out, kh, kw, C_in/groups)")
     o, _, _, cg = w.shape
     need(("scale" in ins) == (g.dtype == "s8"), "weights have a scale exactly where g is s8")
+    need(w.dtype == g.dtype, "weights and g are s8, or f32")
+    need_scale(ins.get("scale"), o)
+    need(("trained" in ins) == ("channels" in ins), "trained weights come with a table of their channels")
+    if "trained" in ins:
+        need_trained(a.conv, w, ins["trained"], ins["channels"])
     need(g.shape in ((1, 1, o), (*conv_out_hw(a.conv, *a.in_hw), o)), "g has the shape of the output")
     return (((*a.in_hw, cg * a.conv.groups), "s32" if g.dtype == "s8" else "f32"),)
 

@@ -153,14 +153,17 @@ def update_bias(tape: Tape, node: Node, g: str, trained: Trained, pixels: int) -
 def _rule_dw(node: Node, ins: Bound[Value]) -> tuple[Type, ...]:
     a, g, x = _dw(node), ins["g"], ins["x"]
     need(len(x.shape) == 3 and len(g.shape) == 3, "g and x are (H, W, C)")
+    need(g.dtype == x.dtype and g.dtype in ("s8", "f32"), "g and x are s8, or f32")
     need(x.shape[2] == a.kept * (1 if a.conv.depthwise else a.conv.groups), "x holds the kept channels only")
     need(x.shape[:2] == a.shape[:2], "x has the pixels of the layer's input")
-    need(ins["channels"].size == a.kept, "channels names the kept ones")
+    channels = ins["channels"]
+    need(channels.shape == (a.kept,) and channels.dtype == "u16", "channels is a table of u16 that names the kept ones")
     return ((trained_shape(a.conv, g.shape[-1], a.kept), "s32" if g.dtype == "s8" else "f32"),)
 
 
 def _rule_db(node: Node, ins: Bound[Value]) -> tuple[Type, ...]:
     g = ins["g"]
+    need(len(g.shape) == 3 and g.dtype in ("s8", "f32"), "g is (H, W, C), in s8 or f32")
     return (((g.shape[-1],), "s32" if g.dtype == "s8" else "f32"),)
 
 

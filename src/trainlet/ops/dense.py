@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Final
 
 from trainlet.errors import UnsupportedError
-from trainlet.ir import Attrs, Bound, Node, Operands, Value
+from trainlet.ir import Attrs, Bound, Graph, Node, Operands, Value
 from trainlet.ops.op import (
     MODEL,
     NO_WEIGHTS,
@@ -41,14 +41,23 @@ def rule_dense(node: Node, ins: Bound[Value]) -> tuple[Type, ...]:
 def _rule_dense_dx(node: Node, ins: Bound[Value]) -> tuple[Type, ...]:
     g, w = ins["g"], ins["weight"]
     need(len(w.shape) == 2 and g.shape == (w.shape[0],), "g has one entry for each row of the weight")
+    need(g.dtype == w.dtype == "f32", "the head is f32")
     return (((w.shape[1],), "f32"),)
 
 
 def _rule_dense_sgd(node: Node, ins: Bound[Value]) -> tuple[Type, ...]:
-    g, lr = ins["g"], ins["lr"]
+    g, x, lr = ins["g"], ins["x"], ins["lr"]
     need(len(g.shape) == 1 and g.dtype == "f32", "g is (classes,) in f32")
+    need(x.dtype in ("s8", "f32"), "x is s8 or f32")
     need(lr.shape == (1,) and lr.dtype == "f32", "lr is one f32")
     return ()
+
+
+def _data_dense_sgd(graph: Graph, node: Node) -> None:
+    g, x = graph.values[node["g"]], graph.values[node["x"]]
+    weight, bias = (graph.values[node.stores[name][0]] for name in ("weight", "bias"))
+    need(len(x.shape) in (1, 3) and weight.shape == (g.size, x.size), "x has one entry for each column of the weight")
+    need(bias.shape == g.shape and weight.dtype == bias.dtype == "f32", "the head is f32, with one bias per class")
 
 
 def vjp_dense(tape: Tape, node: Node, g: str) -> None:
@@ -158,7 +167,7 @@ ROWS: Final = (
         stores=operands("weight", "bias"),
         stages=STEP,
         rule=_rule_dense_sgd,
-        data=_NO_CONSTANTS,
+        data=_data_dense_sgd,
         macs=_macs_dense_sgd,
         rows=_NO_MAP,
         overwrites=No("it updates a parameter and makes nothing"),

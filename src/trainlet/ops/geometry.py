@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainlet.errors import UsageError
-from trainlet.ir import Attrs, Graph, Node
+from trainlet.ir import Attrs, Graph, Node, Value
 from trainlet.ops.op import Emitter, need
 
 
@@ -92,6 +92,13 @@ def need_geometry(conv: Conv2d) -> None:
 def trained_shape(conv: Conv2d, out_c: int, kept: int) -> tuple[int, ...]:
     """The shape of ``kept`` trained channels of a weight."""
     return (kept, *conv.kernel, 1) if conv.depthwise else (out_c, *conv.kernel, kept)
+
+
+def need_trained(a: Conv2d, w: Value, trained: Value, channels: Value) -> None:
+    """RuleError unless ``trained`` are the trained channels of ``w`` that the table names."""
+    need(channels.dtype == "u16" and channels.size > 0, "channels is a table of u16")
+    want = trained_shape(a, w.shape[0], channels.size)
+    need(trained.shape == want and trained.dtype == w.dtype, f"trained weights are {want}, not {trained.shape}")
 
 
 def need_channels(graph: Graph, name: str, limit: int) -> None:

@@ -94,12 +94,20 @@ def need_rounding(a: RoundGrad, shape: tuple[int, ...], ins: Bound[Value]) -> No
     ones = (*ins.all("further"), *((mask,) if mask else ()))
     fit = (shape, (1, 1, shape[-1]))
     need(all(v.shape in fit for v in ones), "all gradients have the shape of the tensor")
+    need(len({v.dtype for v in ins.all("further")} - {"s8", "f32"}) == 0, "further gradients are s8 or f32")
+
+
+def need_scale(scale: Value | None, channels: int | None) -> None:
+    """RuleError unless ``scale`` is a row of f32, of ``channels`` of them where that is known."""
+    ok = scale is None or (scale.dtype == "f32" and len(scale.shape) == 1 and channels in (None, scale.size))
+    need(ok, "scale is f32, one per channel of a weight")
 
 
 def need_mask(source: Value, kind: MaskFrom, clamp: Clamp | None) -> None:
     """RuleError unless ``source`` can be a mask of that kind."""
     bits = source.dtype == "b1"
     need(bits == (kind == "bits"), f"the mask source {source.name!r} is b1 exactly where the mask is made of bits")
+    need(bits or source.dtype in ("s8", "f32"), f"the mask source {source.name!r} is an activation")
     need(kind == "bits" or clamp is not None, "a mask by value has two bounds")
 
 
@@ -113,9 +121,11 @@ def _rule_round_grad(node: Node, ins: Bound[Value]) -> tuple[Type, ...]:
     dtype = (acc or further[0]).dtype
     need(dtype in ("s32" if acc else "s8", "f32"), "sums are s32 and gradients s8, or all is f32")
     need(("rho" in node.stores) == (dtype != "f32"), "a rounding to integers has its rho")
+    need(acc is None or len(acc.shape) == 3, "sums are (H, W, C)")
     shapes = [v.shape for v in ins.flat() if len(v.shape) == 3]
     shape = max(shapes, key=math.prod)
     need_rounding(a, shape, ins)
+    need_scale(ins.get("scale"), shape[-1] if not a.levels else None)
     return ((shape, "f32" if dtype == "f32" else "s8"),)
 
 
@@ -132,6 +142,7 @@ def _rule_clip_mask(node: Node, ins: Bound[Value]) -> tuple[Type, ...]:
     a = node.attrs
     assert isinstance(a, Mask)
     need(a.source != "none" and a.clamp[0] < a.clamp[1], "a mask has a source and bounds")
+    need(ins["x"].dtype in ("s8", "f32"), "x is s8 or f32")
     return ((ins["x"].shape, "b1"),)
 
 

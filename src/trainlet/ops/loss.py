@@ -41,7 +41,7 @@ def _rule_softmax_xent(node: Node, ins: Bound[Value]) -> tuple[Type, ...]:
 
 
 def _rule_check_lr(node: Node, ins: Bound[Value]) -> tuple[Type, ...]:
-    need(ins["lr"].shape == (1,), "lr is one number")
+    need(ins["lr"].shape == (1,) and ins["lr"].dtype == "f32", "lr is one f32")
     return ()
 
 

@@ -150,7 +150,8 @@ def _rule_winners(node: Node, ins: Bound[Value]) -> tuple[Type, ...]:
     need(
         a.kernel[0] * a.kernel[1] <= MAX_TAPS, f"a window has at most {MAX_TAPS} elements, or its winner has no number"
     )
-    shape, _ = pooled_type(a.kernel, a.stride, a.pads, ins["x"])
+    shape, dtype = pooled_type(a.kernel, a.stride, a.pads, ins["x"])
+    need(dtype in ("s8", "f32"), "x is s8 or f32")
     return ((shape, "s8"),)
 
 

@@ -106,7 +106,8 @@ def initial_state(graph: Graph, seed: int) -> TrainState:
 
 
 def _is_real(graph: Graph) -> bool:
-    return not any(v.dtype == "s8" for v in graph.values.values())
+    """Whether its activations are in reals; what a step keeps of them, such as a winner's number, may be s8."""
+    return not any(v.dtype == "s8" and (v.q or v.exponent is not None) for v in graph.values.values())
 
 
 def start(graph: Graph, inputs: Mapping[str, Tensor], state: TrainState, exact: bool) -> Run:
