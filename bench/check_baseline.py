@@ -31,11 +31,11 @@ def check_vectors(assets: Path) -> list[Mapping[str, object]]:
     After that the engine rounds its gradients and this baseline does not; the cosine of the updates says how alike
     they are."""
     rows: list[Mapping[str, object]] = []
-    for case in json.loads((assets / "vectors" / "nets.json").read_text()):
+    for case in json.loads((assets / "vectors2" / "nets.json").read_text()):
         graph = load(assets / "models" / f"{case['model']}.pkl")
         scheme = resolve(case["scheme"], graph)
         trainer = FloatTrainer(graph, scheme, case["classes"], case["seed"])
-        want = np.load(assets / "vectors" / case["file"], allow_pickle=False)
+        want = np.load(assets / "vectors2" / case["file"], allow_pickle=False)
         images = np.stack([_vector_image(t, graph.values[graph.inputs[0]].shape) for t in range(case["steps"])])
         cached = trainer.prefix(images)
         with torch.no_grad():

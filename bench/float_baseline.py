@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from trainlet.attrs import Add, Conv2d
 from trainlet.autodiff.scheme import UpdateScheme, selected_channels
-from trainlet.frontends import feature_pool, trunk
+from trainlet.frontends import features, trunk
 from trainlet.ir.graph import Graph, Node, QParams
+from trainlet.ops import Add, Conv2d
 
 EXACT = 1 << 24  # integers up to here are exact in float32, in any order of summation
 Values = dict[str, Tensor]
@@ -297,7 +297,7 @@ def _conv_layer(graph: Graph, node: Node) -> ConvLayer:
     a = node.attrs
     assert isinstance(a, Conv2d)
     x, y = qparams(graph, node.inputs[0]), qparams(graph, node.outputs[0])
-    w, b, s = (graph.data[k] for k in node.inputs[1:4])
+    w, b, s = (graph.data[node[k]] for k in ("weight", "bias", "scale"))
     pairs = [quantize_multiplier(x.scale * float(v) / y.scale) for v in s]
     weight = torch.from_numpy(np.ascontiguousarray(w.transpose(0, 3, 1, 2)).astype(np.float32))
     live = torch.ones(w.shape[0])
@@ -324,9 +324,9 @@ def _add_layer(graph: Graph, node: Node) -> AddLayer:
 
 
 def _pool_layer(graph: Graph, node: Node) -> PoolLayer:
-    if node is not feature_pool(graph):
+    if node.outputs[0] != features(graph):
         raise ValueError(f"{node.name}: the baseline knows global average pools at the end only")
-    return PoolLayer(qparams(graph, node.inputs[0]).zero)
+    return PoolLayer(qparams(graph, node["x"]).zero)
 
 
 Layer = ConvLayer | AddLayer | PoolLayer
@@ -365,7 +365,7 @@ class FloatTrainer:
         self.head_nodes, self.tail_nodes = self.nodes[:first], self.nodes[first:]
         made = {v for n in self.head_nodes for v in n.outputs} | set(graph.inputs)
         self.cut = sorted({v for n in self.tail_nodes for v in self.data_inputs(n)} & made)
-        self.features = feature_pool(graph).outputs[0]
+        self.features = features(graph)
         q = qparams(graph, self.features)
         self.feature_scale = float(np.float32(q.scale))
         self.input, self.input_zero = graph.inputs[0], qparams(graph, graph.inputs[0]).zero
@@ -378,8 +378,9 @@ class FloatTrainer:
         if n.layer in scheme.biases:
             layer.train_bias()
         if n.layer in scheme.weights:
-            weight = graph.data[n.inputs[1]].astype(np.int8)
-            layer.train_weights(selected_channels(weight, scheme.weights[n.layer], layer.attrs.depthwise, n.layer))
+            weight = graph.data[n["weight"]].astype(np.int8)
+            axis = 0 if layer.attrs.depthwise else 3
+            layer.train_weights(selected_channels(weight, scheme.weights[n.layer], axis=axis, layer=n.layer))
 
     @staticmethod
     def data_inputs(n: Node) -> tuple[str, ...]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainlet.attrs import Conv2d
 from trainlet.autodiff.scheme import UpdateScheme
-from trainlet.frontends import feature_pool, trunk
+from trainlet.frontends import features, trunk
 from trainlet.ir.graph import Graph
+from trainlet.ops import Conv2d
 
 
 class FloatModel(nn.Module):
@@ -35,7 +35,7 @@ class FloatModel(nn.Module):
             assert conv.bias is not None
             conv.bias.requires_grad_(n.layer in scheme.biases)
             self.convs[n.name.replace(".", "_")] = conv
-        self.head = nn.Linear(graph.values[feature_pool(graph).outputs[0]].size, classes)
+        self.head = nn.Linear(graph.values[features(graph)].size, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """(1, C, H, W) -> logits (1, classes)."""

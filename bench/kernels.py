@@ -17,8 +17,8 @@ from itertools import groupby
 
 from protocol import assets, describe_machine
 
-from trainlet.attrs import Conv2d
 from trainlet.frontends import load
+from trainlet.ops import Conv2d
 from trainlet.toolchain.host import NATIVE, build_library
 
 KINDS = ("forward", "dx", "dw")

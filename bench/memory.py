@@ -21,8 +21,8 @@ from trainlet.errors import TrainletError
 from trainlet.frontends import at_size, attach_head, load
 from trainlet.ir.graph import Graph
 from trainlet.session.emulator import EmulatorSession
-from trainlet.toolchain.package import LR, synthetic_image
 from trainlet.toolchain.targets import find_target
+from trainlet.toolchain.vectors import LR, synthetic_image
 
 CLASSES = 10
 SCHEMES = {
@@ -37,7 +37,7 @@ def row(model: Graph, pixels: int, scheme: str, bits: int, image: str, target: s
     """One program, linked, and run for a training step."""
     chosen = resolve(scheme, model, bits)
     with_head = attach_head(at_size(model, pixels, pixels), CLASSES)
-    compiled = compile_model(with_head, chosen, Passes(by_rows=image == "rows"))
+    compiled = compile_model(with_head, chosen, passes=Passes(by_rows=image == "rows"))
     shape = compiled.graph.values[compiled.graph.inputs[0]].shape
     found: dict[str, Any] = {
         "model": model.name, "scheme": scheme, "bits": bits, "input": image, "pixels": shape[0], "target": target,

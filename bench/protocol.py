@@ -75,7 +75,7 @@ def describe_machine() -> dict[str, object]:
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
-        "compiler": compiler_version(find_compiler()),
+        "compiler": compiler_version(*find_compiler()),
         "flags": " ".join((*FLAGS, *NATIVE)),
         "python": platform.python_version(),
         "trainlet": __version__,

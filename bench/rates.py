@@ -21,8 +21,9 @@ from protocol import assets, resize_of
 from trainlet.autodiff.scheme import resolve
 from trainlet.cli.output import RichProgress
 from trainlet.frontends import load
-from trainlet.select.jobs import Clock, Executor, JobStore, LocalExecutor, run_jobs
+from trainlet.select.jobs import Clock, Executor, LocalExecutor, run_jobs
 from trainlet.select.runs import Length, open_study, train_job
+from trainlet.select.store import JobStore
 
 RESULTS: Final = Path(__file__).parent / "results"
 SCHEMES: Final = {"mcunet-5fps": "99kb", "mbv2-w0.35": "99kb", "proxyless-w0.3": "98kb"}

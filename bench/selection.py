@@ -33,11 +33,12 @@ from trainlet.select.analyze import QUICK, STANDARD, Effort, Runner
 from trainlet.select.baselines import BASELINES, bias_choice, last_choice
 from trainlet.select.choose import Chosen, choose, pick
 from trainlet.select.exact import exact
-from trainlet.select.jobs import Clock, Executor, JobStore, LocalExecutor, Result, Spec, run_jobs
+from trainlet.select.jobs import Clock, Executor, LocalExecutor, run_jobs
 from trainlet.select.limits import PlannedLimit
 from trainlet.select.problem import Choice, Contributions
 from trainlet.select.report import points_json
 from trainlet.select.runs import Length, Part, Place, feed, load_place, open_study, train, train_job
+from trainlet.select.store import JobStore, Result, Spec
 from trainlet.session.host import HostSession
 from trainlet.toolchain.targets import TARGETS, parse_size
 from trainlet.train.loop import evaluate

@@ -27,11 +27,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from trainlet.attrs import Add, Attrs, AvgPool, Conv2d
 from trainlet.frontends import graph_file as irfile
 from trainlet.frontends.quantize import fold_batch_norm, quantize
+from trainlet.ir import Attrs
 from trainlet.ir.graph import Graph, GraphBuilder, Kind, Node, Stage, Value
-from trainlet.ops import conv_out_hw, is_depthwise
+from trainlet.ops import Add, AvgPool, Conv2d, conv_out_hw, is_depthwise
 from trainlet.reference import infer
 from trainlet.train.data import to_int8
 

@@ -12,6 +12,8 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from cli_run import Run
+
     from trainlet.compiler import Compiled
 
 ASSETS = os.environ.get("TRAINLET_ASSETS", "")
@@ -45,7 +47,7 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 def assets() -> Path:
     """The folder of published checkpoints, image folders and test vectors; skips where TRAINLET_ASSETS is not set."""
     if not ASSETS:
-        pytest.skip("TRAINLET_ASSETS is not set: it names the folder with models/, data/ and vectors/")
+        pytest.skip("TRAINLET_ASSETS is not set: it names the folder with models/, data/ and vectors2/")
     path = Path(ASSETS)
     assert path.is_dir(), f"TRAINLET_ASSETS={ASSETS} is no folder"
     return path
@@ -89,6 +91,14 @@ def chain() -> Compiled:
 
     weights = {"block.depthwise": 1.0, "block.project": 0.5}
     return compile_model(attach_head(int8_chain(), 4), UpdateScheme("chain", tuple(weights), weights, 12))
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command with --json: exit code, the one JSON object, standard error."""
+    from cli_run import runner
+
+    return runner(capsys)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -46,7 +46,7 @@ from kernel_model import (
     word,
 )  # fmt: skip
 
-from trainlet import scratch as sizes
+from trainlet.ops import scratch as sizes
 
 Rest = list[tuple[np.ndarray, int]]  # further gradients (H, W, C) or (C,), and their exponents
 
@@ -194,7 +194,7 @@ class Place:
 
     key: int
     anchor: int
-    stream: int
+    site: int
     rho: int
     rest: Rest
     mask: np.ndarray | None
@@ -236,7 +236,7 @@ def open_site(p: Place) -> Opened:
     elif p.mask is not None:
         kept = block(p.mask)
         m = Mask(None, kept.at, -100, 100)
-    site = Site(p.stream, rho.at, e.at, grads, len(more), m)
+    site = Site(p.site, rho.at, e.at, grads, len(more), m)
     return Opened(site, Step(p.key, p.anchor, 5, 7), rho, e, [more, grads, kept])
 
 
@@ -325,7 +325,7 @@ def _check_dx(lib: ctypes.CDLL, rng: np.random.Generator, net: Net, w: np.ndarra
     e_y = p.anchor + relative
     acc = dx_sums(net, np.broadcast_to(r, out), mt, w)
     want = round_gradient(
-        acc, [scale] * shape[2], pre, e_y, p.anchor, p.rho, p.whole(shape), p.passes, p.key, p.stream
+        acc, [scale] * shape[2], pre, e_y, p.anchor, p.rho, p.whole(shape), p.passes, p.key, p.site
     )  # fmt: skip
     tables = [block([scale[0]], np.int32), block([scale[1]], np.int16), block(mt, np.int16)]
     v = DxScale(tables[2].at, tables[0].at, tables[1].at, pre)
@@ -364,7 +364,7 @@ def round_plain(p: Place, shape: tuple[int, int, int]) -> Rounded:
         if passes is not None and not passes.reshape(-1)[i]:
             h = 0
         seen |= h ^ (h >> 31)
-        q = sround(h, n, word(p.key, p.stream, i))
+        q = sround(h, n, word(p.key, p.site, i))
         flat[i] = clamp(q, -127, 127)
         out.saturated += q != flat[i]
     if seen:
@@ -377,7 +377,7 @@ def _check_dw(
 ) -> None:
     out, c = (*net.layer.out, net.out_c), net.struct()
     r = random_gradient(rng, out if rng.integers(3) else out[2:])
-    bits, e_y, key, stream = int(rng.choice((0, 4, 8))), int(rng.integers(-25, -5)), int(rng.integers(2**32)), 1
+    bits, e_y, key, site = int(rng.choice((0, 4, 8))), int(rng.integers(-25, -5)), int(rng.integers(2**32)), 1
     lr = np.float32(2.0 ** rng.uniform(-12, 24 if rng.integers(4) == 0 else 6))
     rate = (2.0 ** rng.uniform(-3, 6, net.out_c)).astype(np.float32)
     rate[rng.integers(net.out_c)] = 0
@@ -390,7 +390,7 @@ def _check_dw(
         if v == 0:
             continue
         index = (at[0] * net.taps + at[1] * net.layer.kernel[1] + at[2]) * net.cg + int(channels[at[3]])
-        by = rate_step(int(acc[at]), v, e_y, pre, bits, word(key, stream, index))
+        by = rate_step(int(acc[at]), v, e_y, pre, bits, word(key, site, index))
         want[at] = clamp(sat32(int(full[at]) - by), -limit, limit)
     pairs = [store_weight(int(f), bits) for f in full.reshape(-1)]
     stored, packed = block([a for a, _ in pairs], np.int8), pack(np.array([b for _, b in pairs]), bits)
@@ -399,7 +399,7 @@ def _check_dw(
     rates, rb = block(rate), block(r)
     columns = np.concatenate([g * net.cg + channels for g in range(net.groups)])
     xb, seen = spread(x[..., columns], int(rng.choice((0, 2))))
-    d = Dw(stream, None if table is None else table.at, len(channels), bits, pre, rates.at)
+    d = Dw(site, None if table is None else table.at, len(channels), bits, pre, rates.at)
     work = planned(lib, "conv2d_dw_scratch", c, len(channels))
     lib.tl_conv2d_dw_s8(
         byref(Step(key, 0, 0, 0)), byref(c), byref(d), Grad(view_of(rb), e_y), seen, ctypes.c_float(lr), stored.ctypes,

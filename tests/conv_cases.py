@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The single convolutions of the test vectors (TRAINLET_ASSETS/vectors/conv.json) as small TRAIN and LOWERED graphs:
+"""The single convolutions of the test vectors (TRAINLET_ASSETS/vectors2/conv.json) as small TRAIN and LOWERED graphs:
 forward, input gradient with its rounding, one update of biases and weights. Gradients are inputs of the graph."""
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from graphs import named
 
-from trainlet.attrs import (
-    Attrs,
+from trainlet.ir import Attrs
+from trainlet.ir.graph import Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
+from trainlet.ops import (
     Conv2d,
     Conv2dDb,
     Conv2dDw,
@@ -26,7 +28,7 @@ from trainlet.attrs import (
     SgdBias,
     SgdWeight,
 )
-from trainlet.ir.graph import Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
+from trainlet.ops.conv2d_dx import sums_of_dx
 
 COUNT = 36
 
@@ -72,8 +74,8 @@ class ConvCase:
 
 
 def load_case(assets: Path, index: int) -> ConvCase:
-    info = json.loads((assets / "vectors" / "conv.json").read_text())[index]
-    with np.load(assets / "vectors" / info["file"], allow_pickle=False) as f:
+    info = json.loads((assets / "vectors2" / "conv.json").read_text())[index]
+    with np.load(assets / "vectors2" / info["file"], allow_pickle=False) as f:
         return ConvCase(info, dict(f))
 
 
@@ -95,41 +97,42 @@ def conv_graph(case: ConvCase, *, fused: bool = False) -> Graph:
     g.const("channels", case.channels, "u16")
     trained = np.ascontiguousarray(case.kept(a["w"]))
     bits = i["fraction_bits"]
-    writes = ("weight.trained", "weight.fraction") if bits else ("weight.trained",)
+    weight = f"weight=weight.trained{' fraction=weight.fraction' if bits else ''}"
     g.add(Value("weight.trained", trained.shape, "s8", Kind.STATE), trained)
     if bits:
         g.add(Value("weight.fraction", trained.shape, f"s{bits}", Kind.STATE), np.zeros_like(trained))
     g.add(Value("bias", a["b"].shape, "s32", Kind.STATE), a["b"])
     g.add(Value("rho", (1,), "s8", Kind.STATE), np.array([i["rho"]], np.int8))
 
-    def emit(op: str, ins: str, attrs: Attrs, *outs: Value, writes: tuple[str, ...] = ()) -> None:
-        g.emit(Node(op, op, g.name, tuple(ins.split()), tuple(v.name for v in outs), attrs, writes), *outs)
+    def emit(op: str, read: str, attrs: Attrs, *outs: Value, stores: str = "") -> None:
+        names = tuple(v.name for v in outs)
+        g.emit(Node(op, op, g.name, named(read), names, attrs, named(stores)), *outs)
 
-    s_dx, s_w, s_b = i["streams"]
+    s_dx, s_w, s_b = i["sites"]
     h, w, c = a["x"].shape
     pixels = math.prod(a["y"].shape[:2])
     keep_groups = 1 if conv.depthwise else conv.groups
     kept = len(case.channels)
-    dx, dw = Conv2dDx(conv, (h, w)), Conv2dDw(conv, kept)
-    rounding = RoundGrad(s_dx, True, conv, "bits" if i["masked"] else "none")
-    sgd = SgdWeight(s_w, bits, i["x_scale"], pixels, conv)
+    trains = "scale=scale trained=weight.trained channels=channels"
+    dx, dw = Conv2dDx(conv, (h, w)), Conv2dDw(conv, kept, (h, w, c))
+    rounding = RoundGrad(s_dx, "bits" if i["masked"] else "none", None, *sums_of_dx(conv, a["w"].shape[0]))
+    sgd = SgdWeight(s_w, bits, i["x_scale"], pixels, conv, (h, w, c))
     sgd_b = SgdBias(s_b, i["x_scale"], pixels, conv)
-    rest = " ".join([*(["mask"] if i["masked"] else []), *further])
+    rest = f"{'mask=mask ' if i['masked'] else ''}{f'further={chr(44).join(further)}' if further else ''}"
     rx = Value("rx", a["x"].shape, "s8", exponent=0)
 
-    emit("conv2d", "x weight bias scale weight.trained channels", conv, Value("y", a["y"].shape, "s8", q=y_q))
+    emit("conv2d", f"x=x weight=weight bias=bias {trains}", conv, Value("y", a["y"].shape, "s8", q=y_q))
     kept_x = Value("x.kept", (h, w, kept * keep_groups), "s8")
-    emit("select_channels", "x channels", SelectChannels(keep_groups), kept_x)
+    emit("select_channels", "x=x channels=channels", SelectChannels(keep_groups), kept_x)
     if fused:
-        ins = f"r weight scale weight.trained channels {rest}"
-        emit("conv2d_dx_round", ins, FusedDx(dx, rounding), rx, writes=("rho",))
-        emit("conv2d_dw_sgd", "r x.kept lr scale channels", FusedDw(dw, sgd), writes=writes)
-        emit("conv2d_db_sgd", "r lr scale", FusedDb(sgd_b), writes=("bias",))
+        emit("conv2d_dx_round", f"g=r weight=weight {trains} {rest}", FusedDx(dx, rounding), rx, stores="rho=rho")
+        emit("conv2d_dw_sgd", "g=r x=x.kept lr=lr scale=scale channels=channels", FusedDw(dw, sgd), stores=weight)
+        emit("conv2d_db_sgd", "g=r lr=lr scale=scale", FusedDb(sgd_b), stores="bias=bias")
         return g.build(Stage.LOWERED, ["y", "rx"])
-    emit("conv2d_dx", "r weight scale weight.trained channels", dx, Value("acc", (h, w, c), "s32", exponent=1))
-    emit("round_grad", f"acc scale {rest}", rounding, rx, writes=("rho",))
-    emit("conv2d_dw", "r x.kept", dw, Value("dw", trained.shape, "s32", exponent=1))
-    emit("sgd_weight", "dw lr scale channels", sgd, writes=writes)
-    emit("conv2d_db", "r", Conv2dDb(pixels), Value("db", a["b"].shape, "s32", exponent=1))
-    emit("sgd_bias", "db lr scale", sgd_b, writes=("bias",))
+    emit("conv2d_dx", f"g=r weight=weight {trains}", dx, Value("acc", (h, w, c), "s32", exponent=1))
+    emit("round_grad", f"acc=acc scale=scale {rest}", rounding, rx, stores="rho=rho")
+    emit("conv2d_dw", "g=r x=x.kept channels=channels", dw, Value("dw", trained.shape, "s32", exponent=1))
+    emit("sgd_weight", "dw=dw lr=lr scale=scale channels=channels", sgd, stores=weight)
+    emit("conv2d_db", "g=r", Conv2dDb(pixels), Value("db", a["b"].shape, "s32", exponent=1))
+    emit("sgd_bias", "db=db lr=lr scale=scale", sgd_b, stores="bias=bias")
     return g.build(Stage.TRAIN, ["y", "rx"])

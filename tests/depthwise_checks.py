@@ -44,7 +44,7 @@ from kernel_model import (
     word,
 )  # fmt: skip
 
-from trainlet import scratch as sizes
+from trainlet.ops import scratch as sizes
 
 
 def same(got: np.ndarray, want: np.ndarray, what: str) -> None:
@@ -133,9 +133,9 @@ def run_dx(
     site: tuple[int, int, list[tuple[np.ndarray, int]], np.ndarray | None], key: int, anchor: int,
     rng: np.random.Generator, cuts: tuple[int, ...] = (),
 ) -> Gradient:  # fmt: skip
-    """site: stream, rho, further gradients, mask (bool, or int8 values that pass between -100 and 100). r of shape (C,)
+    """site: site, rho, further gradients, mask (bool, or int8 values that pass between -100 and 100). r of shape (C,)
     stands for every pixel. cuts: rows where a call ends and the next begins."""
-    stream, rho, rest, mask = site
+    site, rho, rest, mask = site
     mult, exp = (block([s[i] for s in scales], t) for i, t in ((0, np.int32), (1, np.int16)))
     rb, w = block(r), split.struct()
     more = [block(g) for g, _ in rest]
@@ -149,7 +149,7 @@ def run_dx(
     elif mask is not None:
         kept = block(mask)
         m = Mask(None, kept.at, -100, 100)
-    s = Site(stream, rho_b.at, e_b.at, further, len(more), m)
+    s = Site(site, rho_b.at, e_b.at, further, len(more), m)
     step, c, v = Step(key, anchor, 5, 7), conv_of(layer), DxScale(None, mult.at, exp.at, pre)
     g = Grad(vector(rb) if r.ndim == 1 else plain(rb), e_y)
     rx, work = block(np.zeros(layer.size, np.int8)), _planned(lib, "dx", layer, 0, rng)
@@ -185,7 +185,7 @@ def run_dw(
     lib: ctypes.CDLL, layer: Layer, channels: np.ndarray | None, r: np.ndarray, e_y: int, x: np.ndarray,
     full: np.ndarray, rate: np.ndarray, lr: float, bits: int, pre: int, site: tuple[int, int], rng: np.random.Generator,
 ) -> np.ndarray:  # fmt: skip
-    """F (kept, kh, kw) after the update; x and full hold the kept channels only. site: step key, stream."""
+    """F (kept, kh, kw) after the update; x and full hold the kept channels only. site: step key, site."""
     kept = full.shape[0]
     pairs = [store_weight(int(f), bits) for f in full.reshape(-1)]
     w = block([p[0] for p in pairs], np.int8)
@@ -223,7 +223,7 @@ def check_vector(lib: ctypes.CDLL, case: ConvCase) -> None:
     for rings in (False, True):
         same(run_forward(lib, layer, split, a["b"], a["x"], quant, bounds, rng, rings), a["y"], "forward")
     key = mix(i["seed"] + 0x9E3779B9 * i["step"])
-    s_dx, s_w, _ = i["streams"]
+    s_dx, s_w, _ = i["sites"]
     mask = a["mask"].astype(bool) if i["masked"] else None
     scales = [scale_of(float(s)) for s in a["sw"]]
     got = run_dx(
@@ -312,12 +312,12 @@ def _check_dx(lib: ctypes.CDLL, rng: np.random.Generator, layer: Layer, split: S
     values = rng.integers(-128, 128, layer.size).astype(np.int8)
     mask = (None, values > 0, values, values > 127)[int(rng.integers(4))]
     passes = mask if mask is None or mask.dtype == np.bool_ else (mask > -100) & (mask < 100)
-    pre, key, stream = headroom(127 * 127 * layer.kernel[0] * layer.kernel[1]), int(rng.integers(2**32)), 3
+    pre, key, site = headroom(127 * 127 * layer.kernel[0] * layer.kernel[1]), int(rng.integers(2**32)), 3
     want = round_gradient(
-        dx_sums(layer, whole, split.w), scales, pre, e_y, anchor, rho, rest, passes, key, stream
+        dx_sums(layer, whole, split.w), scales, pre, e_y, anchor, rho, rest, passes, key, site
     )  # fmt: skip
     cuts = tuple(sorted({int(v) for v in rng.integers(1, layer.size[0], rng.integers(3))} if layer.size[0] > 1 else ()))
-    got = run_dx(lib, layer, split, r, e_y, scales, pre, (stream, rho, rest, mask), key, anchor, rng, cuts)
+    got = run_dx(lib, layer, split, r, e_y, scales, pre, (site, rho, rest, mask), key, anchor, rng, cuts)
     same(got.rx, want.rx, f"input gradient of {layer}")
     assert (got.e_x, got.rho) == (want.e_x, want.rho)
     assert got.step.tuple() == (key, anchor, 5 + want.saturated, 7 + want.rx.size)
@@ -330,7 +330,7 @@ def _check_dw(
     everywhere = bool(rng.integers(3) == 0)
     r = rng.integers(-127, 128, (c,) if everywhere else (oh, ow, c)).astype(np.int8)
     whole = np.broadcast_to(r, (oh, ow, c))[..., channels]
-    bits, e_y, key, stream = int(rng.choice((0, 4, 8))), int(rng.integers(-25, -5)), int(rng.integers(2**32)), 1
+    bits, e_y, key, site = int(rng.choice((0, 4, 8))), int(rng.integers(-25, -5)), int(rng.integers(2**32)), 1
     lr = float(np.float32(2.0 ** rng.uniform(-8, 24)))
     rate = (2.0 ** rng.uniform(-3, 6, c)).astype(np.float32)
     rate[rng.integers(0, c)] = 0
@@ -345,10 +345,10 @@ def _check_dw(
             continue
         for t in range(taps):
             at = (j, t // layer.kernel[1], t % layer.kernel[1])
-            by = rate_step(int(acc[at]), v, e_y, pre, bits, word(key, stream, int(ch) * taps + t))
+            by = rate_step(int(acc[at]), v, e_y, pre, bits, word(key, site, int(ch) * taps + t))
             want[at] = clamp(sat32(int(full[at]) - by), -limit, limit)
     table = None if len(channels) == c and rng.integers(2) else channels
-    got = run_dw(lib, layer, table, r, e_y, x, full, rate, lr, bits, pre, (key, stream), rng)
+    got = run_dw(lib, layer, table, r, e_y, x, full, rate, lr, bits, pre, (key, site), rng)
     same(got, want, f"weights of {layer}")
 
 

@@ -12,22 +12,22 @@ from dataclasses import replace
 
 import numpy as np
 
-from trainlet.attrs import (
+from trainlet.ir import Array, Attrs, Graph, GraphBuilder, Kind, Node, Operands, QParams, Stage, Value
+from trainlet.ops import (
     Add,
-    Attrs,
     AvgPool,
-    AvgPoolDx,
     CheckLr,
     Conv2d,
     Conv2dDb,
     Conv2dDw,
+    EnterGrad,
     Mask,
     SelectChannels,
     SgdBias,
     SgdWeight,
+    conv_out_hw,
+    is_depthwise,
 )
-from trainlet.ir.graph import Array, Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
-from trainlet.ops import conv_out_hw, is_depthwise
 
 CLASSES = 4
 STEM = Conv2d((3, 3), (2, 2), (0, 1, 0, 1), clamp=(0.0, 6.0), activation=True)
@@ -65,31 +65,33 @@ class ChainBuilder:
         shape = (out_c, *conv.kernel, c // conv.groups)
         k = math.prod(shape[1:])
         assert conv.depthwise == is_depthwise(conv.groups, c, out_c)
-        ins = [x]
+        ins = {"x": x}
         if self.integer:
-            ins.append(self.g.const(f"{name}.weight", self.rng.integers(-127, 128, shape).astype(np.int8), "s8"))
-            ins.append(self.g.const(f"{name}.bias", self.rng.integers(-2000, 2000, out_c).astype(np.int32), "s32"))
+            weight = self.rng.integers(-127, 128, shape).astype(np.int8)
+            ins["weight"] = self.g.const(f"{name}.weight", weight, "s8")
+            bias = self.rng.integers(-2000, 2000, out_c).astype(np.int32)
+            ins["bias"] = self.g.const(f"{name}.bias", bias, "s32")
             scale = (self.rng.uniform(0.5, 1.5, out_c) / (60 * math.sqrt(k))).astype(np.float32)
-            ins.append(self.g.const(f"{name}.scale", scale, "f32"))
+            ins["scale"] = self.g.const(f"{name}.scale", scale, "f32")
         else:
-            ins.append(self.g.const(f"{name}.weight", _normal(self.rng, shape, 1 / math.sqrt(k)), "f32"))
-            ins.append(self.g.const(f"{name}.bias", _normal(self.rng, (out_c,), 0.1), "f32"))
+            ins["weight"] = self.g.const(f"{name}.weight", _normal(self.rng, shape, 1 / math.sqrt(k)), "f32")
+            ins["bias"] = self.g.const(f"{name}.bias", _normal(self.rng, (out_c,), 0.1), "f32")
         oh, ow = conv_out_hw(conv, h, w)
         y = Value(f"{name}.y", (oh, ow, out_c), self.dtype, q=self._q(-128 if conv.activation else 5))
         attrs = _integer(conv) if self.integer else conv
-        return self.g.emit(Node("conv2d", name, layer, tuple(ins), (y.name,), attrs), y)
+        return self.g.emit(Node("conv2d", name, layer, Operands(**ins), (y.name,), attrs), y)
 
     def add(self, name: str, a: str, b: str) -> str:
         """A residual addition."""
         y = Value(f"{name}.y", self.g.values[a].shape, self.dtype, q=self._q(2))
         attrs = Add((-128, 127)) if self.integer else Add()
-        return self.g.emit(Node("add", name, name, (a, b), (y.name,), attrs), y)
+        return self.g.emit(Node("add", name, name, Operands(a=a, b=b), (y.name,), attrs), y)
 
     def pool(self, name: str, x: str) -> str:
         """A global average pool."""
         h, w, c = self.g.values[x].shape
         y = Value(f"{name}.y", (1, 1, c), self.dtype, q=self.g.values[x].q)
-        return self.g.emit(Node("avg_pool", name, name, (x,), (y.name,), AvgPool((h, w))), y)
+        return self.g.emit(Node("avg_pool", name, name, Operands(x=x), (y.name,), AvgPool((h, w))), y)
 
     def head(self, name: str, x: str, classes: int = CLASSES, kind: Kind = Kind.CONST) -> str:
         """The dense head; its weights are states where it is trained."""
@@ -98,7 +100,7 @@ class ChainBuilder:
         w = self.g.add(Value(f"{name}.weight", weight.shape, "f32", kind), weight)
         b = self.g.add(Value(f"{name}.bias", (classes,), "f32", kind), np.zeros(classes, np.float32))
         logits = Value("logits", (classes,), "f32")
-        return self.g.emit(Node("dense", name, name, (x, w, b), ("logits",), Attrs()), logits)
+        return self.g.emit(Node("dense", name, name, Operands(x=x, weight=w, bias=b), ("logits",), Attrs()), logits)
 
     def body(self) -> str:
         """Everything before the head; returns the pooled tensor."""
@@ -124,6 +126,12 @@ def int8_chain(seed: int = 0) -> Graph:
     return c.g.build(Stage.INT8, [c.head("head", c.body())])
 
 
+def named(text: str) -> Operands:
+    """Operands from text such as ``x=input further=a,b``."""
+    pairs = (word.split("=") for word in text.split())
+    return Operands(**{k: tuple(v.split(",")) for k, v in pairs})
+
+
 def train_tail() -> Graph:
     """A TRAIN graph written by hand: one 1x1 convolution over (2, 2, 4), pool and head. Trained are the head, biases
     and input channels 1 and 3 of the weights, with 4 fraction bits."""
@@ -143,34 +151,65 @@ def train_tail() -> Graph:
     g.add(Value("lr", (1,), "f32", Kind.INPUT))
     g.add(Value("label", (1,), "s32", Kind.INPUT))
 
-    def emit(op: str, name: str, ins: str, attrs: Attrs, *outs: Value, writes: str = "") -> None:
-        node = Node(op, name, "tail", tuple(ins.split()), tuple(v.name for v in outs), attrs, tuple(writes.split()))
+    def emit(op: str, name: str, read: str, attrs: Attrs, *outs: Value, stores: str = "") -> None:
+        node = Node(op, name, "tail", named(read), tuple(v.name for v in outs), attrs, named(stores))
         g.emit(node, *outs)
 
-    emit("check_lr", "check", "lr", CheckLr(8.0))
-    g.nodes.append(
-        Node("conv2d", "conv.0", "tail", (*conv.inputs, "conv.0.trained", "conv.0.channels"), conv.outputs, attrs)
+    emit("check_lr", "check", "lr=lr", CheckLr(8.0))
+    g.nodes.append(replace(conv.reading(trained="conv.0.trained", channels="conv.0.channels"), layer="tail"))
+    emit("clip_mask", "mask", f"x={y}", Mask((-128, 127)), Value("bits", (2, 2, 5), "b1"))
+    emit(
+        "select_channels",
+        "keep",
+        "x=input channels=conv.0.channels",
+        SelectChannels(1),
+        Value("x.kept", (2, 2, 2), "s8"),
     )
-    emit("clip_mask", "mask", y, Mask((-128, 127)), Value("bits", (2, 2, 5), "b1"))
-    emit("select_channels", "keep", "input conv.0.channels", SelectChannels(1), Value("x.kept", (2, 2, 2), "s8"))
     c.head("head", c.pool("pool", y), kind=Kind.STATE)
-    emit("softmax_xent", "loss", "logits label", Attrs(), Value("loss.y", (1,), "f32"), Value("g", (CLASSES,), "f32"))
-    emit("dense_dx", "head.dx", "g head.weight", Attrs(), Value("gf", (5,), "f32"))
-    emit("avg_pool_dx", "pool.dx", "gf", AvgPoolDx((2, 2), 3), Value("r", (1, 1, 5), "s8", exponent=0))
+    emit(
+        "softmax_xent",
+        "loss",
+        "logits=logits label=label",
+        Attrs(),
+        Value("loss.y", (1,), "f32"),
+        Value("g", (CLASSES,), "f32"),
+    )
+    emit("dense_dx", "head.dx", "g=g weight=head.weight", Attrs(), Value("gf", (5,), "f32"))
+    emit(
+        "enter_grad",
+        "pool.enter",
+        "g=gf",
+        EnterGrad((2, 2, 5), 0.25, 64, "s8"),
+        Value("r", (1, 1, 5), "s8", exponent=0),
+    )
     masked = Value("r.masked", (2, 2, 5), "s8", exponent=0)
-    emit("mask_grad", "r.mask", "r bits", Mask((-128, 127), "bits"), masked)
-    emit("dense_sgd", "head.sgd", "g pool.y lr", Attrs(), writes="head.weight head.bias")
-    emit("conv2d_dw", "conv.0.dw", "r.masked x.kept", Conv2dDw(attrs, 2), Value("dw", (5, 1, 1, 2), "s32", exponent=0))
-    sgd = SgdWeight(stream=1, fraction_bits=4, x_scale=1 / 64, pixels=4, conv=attrs)
-    emit("sgd_weight", "conv.0.sgd", "dw lr conv.0.scale conv.0.channels", sgd, writes="conv.0.trained conv.0.fraction")
-    emit("conv2d_db", "conv.0.db", "r.masked", Conv2dDb(4), Value("db", (5,), "s32", exponent=0))
-    emit("sgd_bias", "conv.0.sgd_bias", "db lr conv.0.scale", SgdBias(2, 1 / 64, 4, attrs), writes="conv.0.bias")
-    return g.build(Stage.TRAIN, ["logits", "loss.y"])
+    emit("mask_grad", "r.mask", "g=r mask=bits", Mask((-128, 127), "bits"), masked)
+    emit("dense_sgd", "head.sgd", "g=g x=pool.y lr=lr", Attrs(), stores="weight=head.weight bias=head.bias")
+    dw = Conv2dDw(attrs, 2, (2, 2, 4))
+    emit(
+        "conv2d_dw",
+        "conv.0.dw",
+        "g=r.masked x=x.kept channels=conv.0.channels",
+        dw,
+        Value("dw", (5, 1, 1, 2), "s32", exponent=0),
+    )
+    sgd = SgdWeight(site=32, fraction_bits=4, x_scale=1 / 64, pixels=4, conv=attrs, shape=(2, 2, 4))
+    read, stores = "dw=dw lr=lr scale=conv.0.scale channels=conv.0.channels", "weight=conv.0.trained"
+    emit("sgd_weight", "conv.0.sgd", read, sgd, stores=f"{stores} fraction=conv.0.fraction")
+    emit("conv2d_db", "conv.0.db", "g=r.masked", Conv2dDb(4), Value("db", (5,), "s32", exponent=0))
+    emit(
+        "sgd_bias",
+        "conv.0.sgd_bias",
+        "db=db lr=lr scale=conv.0.scale",
+        SgdBias(33, 1 / 64, 4, attrs),
+        stores="bias=conv.0.bias",
+    )
+    return g.build(Stage.TRAIN, ["logits"], targets=("label",), rate="lr", losses=("loss.y",))
 
 
 def same(a: Graph, b: Graph) -> bool:
     """Whether two graphs are equal, data and order of values included."""
-    head = (a.name, a.stage, a.inputs, a.outputs, a.nodes) == (b.name, b.stage, b.inputs, b.outputs, b.nodes)
+    head = (a.name, a.stage, a.interface, a.nodes) == (b.name, b.stage, b.interface, b.nodes)
     values = list(a.values.items()) == list(b.values.items())
     data = a.data.keys() == b.data.keys() and all(
         a.data[k].dtype == b.data[k].dtype and np.array_equal(a.data[k], b.data[k]) for k in a.data

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from trainlet.errors import UsageError
-from trainlet.select.jobs import JobStore, LocalExecutor, run_jobs
+from trainlet.select.jobs import LocalExecutor, run_jobs
+from trainlet.select.store import JobStore
 
 COUNT = 30
 

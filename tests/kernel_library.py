@@ -96,7 +96,7 @@ class Grad(Structure):
 
 class Site(Structure):
     _fields_: ClassVar = [
-        ("stream", c_uint32), ("rho", c_void_p), ("e", c_void_p), ("further", POINTER(Grad)), ("n_further", c_int32),
+        ("number", c_uint32), ("rho", c_void_p), ("e", c_void_p), ("further", POINTER(Grad)), ("n_further", c_int32),
         ("mask", Mask),
     ]  # fmt: skip
 
@@ -107,7 +107,7 @@ class DxScale(Structure):
 
 class Dw(Structure):
     _fields_: ClassVar = [
-        ("stream", c_uint32), ("channels", c_void_p), ("kept", c_int32), ("bits", c_int32), ("pre", c_int32),
+        ("site", c_uint32), ("channels", c_void_p), ("kept", c_int32), ("bits", c_int32), ("pre", c_int32),
         ("rate", c_void_p),
     ]  # fmt: skip
 
@@ -136,7 +136,7 @@ def _library(build: str, changes: tuple[tuple[str, tuple[str, str]], ...]) -> ct
         sources = write_sources(folder, dict(changes))
         made = folder / "kernels.so"
         warnings = () if changes else WARNINGS  # a fault may leave a variable unused
-        command = [find_compiler(), *FLAGS, *warnings, *BUILDS[build], "-shared", *sources, "-o", str(made)]
+        command = [*find_compiler(), *FLAGS, *warnings, *BUILDS[build], "-shared", *sources, "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         lib = ctypes.CDLL(str(made))

@@ -35,9 +35,9 @@ def mix(x: int) -> int:
     return x ^ x >> 16
 
 
-def word(step_key: int, stream: int, index: int) -> int:
+def word(step_key: int, site: int, index: int) -> int:
     """word(index) of a site; ``step_key`` = mix(seed + 0x9e3779b9 step)."""
-    return mix(mix(step_key + stream) + index)
+    return mix(mix(step_key + site) + index)
 
 
 def quantize_multiplier(d: float) -> tuple[int, int]:
@@ -187,7 +187,7 @@ def round_gradient(
     rest: Sequence[tuple[np.ndarray, int]],
     mask: np.ndarray | None,
     step_key: int,
-    stream: int,
+    site: int,
 ) -> Rounded:
     """Section 4; scales (mult, E) per channel; rest: further gradients and their exponents."""
     e_x = anchor + rho - 6
@@ -204,7 +204,7 @@ def round_gradient(
         if mask is not None and not mask.reshape(-1)[i]:
             h = 0
         seen[c] |= h ^ (h >> 31)
-        q = sround(h, n, word(step_key, stream, i))
+        q = sround(h, n, word(step_key, site, i))
         flat[i] = clamp(q, -127, 127)
         out.saturated += q != flat[i]
     out.rels = [o.bit_length() + e_x - n - anchor for o, n in zip(seen, shifts, strict=True) if o > 0]

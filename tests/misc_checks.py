@@ -168,25 +168,24 @@ def check_small_steps(lib: ctypes.CDLL) -> None:
 
 def check_random_head(lib: ctypes.CDLL) -> None:
     for seed, k, c in ((0, 3, 5), (17, 10, 160), (2**32 - 1, 1, 1)):
-        w, b, scale = block(np.ones((k, c), F)), block(np.ones(k, F)), F(1.0 / math.sqrt(c))
-        lib.tl_dense_init_f32(ctypes.c_uint32(seed), k, c, c_float(scale), w.ctypes, b.ctypes)
+        w, scale = block(np.ones((k, c), F)), F(1.0 / math.sqrt(c))
+        lib.tl_random_f32(ctypes.c_uint32(seed), k * c, c_float(scale), w.ctypes)
         words = [word(mix(seed), 0xFFFFFFFF, i) >> 8 for i in range(k * c)]
         want = (np.array(words, F) * F(2.0**-23) - F(1)) * scale
         same_bits(w.reshape(-1), want, "head")
         assert np.abs(w).max() <= scale
-        assert not b.any()
 
 
 # --- entry into integers --------------------------------------------------------------------------------------
 
 
 def entry(
-    lib: ctypes.CDLL, gf: np.ndarray, inverse: float, key: int = 1, stream: int = 9
+    lib: ctypes.CDLL, gf: np.ndarray, inverse: float, key: int = 1, site: int = 9
 ) -> tuple[int, np.ndarray, int, Step]:  # fmt: skip
     """(status, r, e, step); r = 99 and e = 99 where nothing was written."""
     step, g, r, e = Step(key, 33, 2, 3), block(gf, F), block(np.full(gf.size, 99, np.int8)), block([99], np.int16)
-    status = lib.tl_avg_pool_dx_s8(
-        byref(step), stream, g.ctypes, gf.size, c_float(inverse), r.ctypes, e.ctypes
+    status = lib.tl_enter_grad_s8(
+        byref(step), site, g.ctypes, gf.size, c_float(inverse), r.ctypes, e.ctypes
     )  # fmt: skip
     return status, r, int(e[0]), step
 
@@ -356,14 +355,14 @@ def check_select(lib: ctypes.CDLL, seed: int) -> None:
 
 def run_bias(
     lib: ctypes.CDLL, r: np.ndarray, hw: tuple[int, int], e: int, rate: np.ndarray, lr: float, bias: np.ndarray,
-    key: int, stream: int,
+    key: int, site: int,
 ) -> np.ndarray:  # fmt: skip
     c = rate.size
     rb, rates, b = block(r), block(rate, F), block(bias, np.int32)
     g, step, work = Grad(vector(rb) if r.ndim == 1 else plain(rb), e), Step(key, 0, 0, 0), block(np.ones(c), np.int32)
     pre = headroom(127 * hw[0] * hw[1])
     lib.tl_bias_sgd_s8(
-        byref(step), stream, g, *hw, c, rates.ctypes, c_float(lr), pre, b.ctypes, work.ctypes
+        byref(step), site, g, *hw, c, rates.ctypes, c_float(lr), pre, b.ctypes, work.ctypes
     )  # fmt: skip
     return b
 
@@ -374,7 +373,7 @@ def check_bias_vector(lib: ctypes.CDLL, case: ConvCase) -> None:
     rate = a["kb"].astype(F).copy()
     rate[list(case.dead)] = 0
     key = mix(i["seed"] + 0x9E3779B9 * i["step"])
-    got = run_bias(lib, a["r"], a["r"].shape[:2], i["e_y"], rate, i["lr"], a["b"], key, i["streams"][2])
+    got = run_bias(lib, a["r"], a["r"].shape[:2], i["e_y"], rate, i["lr"], a["b"], key, i["sites"][2])
     same(got, a["b_after"], "biases")
 
 

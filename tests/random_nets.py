@@ -6,15 +6,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from hypothesis import strategies as st
 
-from trainlet.attrs import Add, AvgPool, Conv2d
 from trainlet.autodiff.scheme import UpdateScheme
-from trainlet.frontends import attach_head, canonicalize_dead
-from trainlet.ir.graph import Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
-from trainlet.ops import conv_out_hw, is_depthwise
+from trainlet.frontends import attach_head
+from trainlet.ir import Attrs, Graph, GraphBuilder, Kind, Node, Operands, QParams, Stage, Value
+from trainlet.ops import Add, AvgPool, Conv2d, MaxPool, conv_out_hw, is_depthwise
+from trainlet.ops.quantization import canonicalize_dead
 
 PLAIN = ("-O1",)
 NATIVE = ("-O1", "-march=native")
@@ -40,7 +41,7 @@ class Case:
         return self.model.values["logits"].size
 
     def __repr__(self) -> str:
-        text = f"{self.model.inputs}\n" + "\n".join(
+        text = f"{self.model.interface}\n" + "\n".join(
             f"  {n.name}: {n.op} {n.inputs[:2]} -> {self.model.values[n.outputs[0]].shape} {n.attrs}"
             for n in self.model.nodes
         )
@@ -113,11 +114,11 @@ class Net:
             bias[self.rng.integers(out_c)] = (1 << 30) - int(self.rng.integers(0, 2))
             bias[self.rng.integers(out_c)] = -(1 << 30)
         weight, bias, scales, gone = canonicalize_dead(weight, bias, scale.astype(np.float32))
-        ins = (
-            x,
-            self.g.const(f"{name}.weight", weight, "s8"),
-            self.g.const(f"{name}.bias", bias, "s32"),
-            self.g.const(f"{name}.scale", scales, "f32"),
+        ins = Operands(
+            x=x,
+            weight=self.g.const(f"{name}.weight", weight, "s8"),
+            bias=self.g.const(f"{name}.bias", bias, "s32"),
+            scale=self.g.const(f"{name}.scale", scales, "f32"),
         )
         attrs = Conv2d(kernel, stride, pads, dilation, groups, self._clamp(activation, tight), activation,
                        is_depthwise(groups, c, out_c), gone)  # fmt: skip
@@ -139,7 +140,7 @@ class Net:
         name = self._name("add")
         y = Value(f"{name}.y", self.shape(a), "s8", q=self._q(activation))
         attrs = Add(self._clamp(activation, tight), activation)
-        return self.g.emit(Node("add", name, name, (a, b), (y.name,), attrs), y)
+        return self.g.emit(Node("add", name, name, Operands(a=a, b=b), (y.name,), attrs), y)
 
     def pool(self, x: str, kernel: tuple[int, int], stride: tuple[int, int] = (1, 1), pads: Pads = NO_PADS) -> str:
         """An average pool."""
@@ -147,13 +148,31 @@ class Net:
         name = self._name("pool")
         hw = conv_out_hw(Conv2d(kernel, stride, pads), h, w)
         y = Value(f"{name}.y", (*hw, c), "s8", q=self.g.values[x].q)
-        return self.g.emit(Node("avg_pool", name, name, (x,), (y.name,), AvgPool(kernel, stride, pads)), y)
+        return self.g.emit(Node("avg_pool", name, name, Operands(x=x), (y.name,), AvgPool(kernel, stride, pads)), y)
+
+    def max_pool(self, x: str, kernel: tuple[int, int], stride: tuple[int, int] = (1, 1), pads: Pads = NO_PADS) -> str:
+        """A maximum pool."""
+        h, w, c = self.shape(x)
+        name = self._name("max_pool")
+        hw = conv_out_hw(Conv2d(kernel, stride, pads), h, w)
+        y = Value(f"{name}.y", (*hw, c), "s8", q=self.g.values[x].q)
+        return self.g.emit(Node("max_pool", name, name, Operands(x=x), (y.name,), MaxPool(kernel, stride, pads)), y)
 
     def finish(self, x: str, classes: int) -> Graph:
         """Global pool and head."""
         h, w, _ = self.shape(x)
         pooled = self.pool(x, (h, w))
         return attach_head(self.g.build(Stage.INT8, [pooled]), classes)
+
+
+def flattened(net: Net, x: str, classes: int) -> Graph:
+    """A head that reads the map ``x`` itself; no pool."""
+    weight = net.g.add(
+        Value("head.weight", (classes, net.g.values[x].size), "f32", Kind.STATE, fan_in=net.g.values[x].size)
+    )
+    bias = net.g.add(Value("head.bias", (classes,), "f32", Kind.STATE), np.zeros(classes, np.float32))
+    head = Node("dense", "head", "head", Operands(x=x, weight=weight, bias=bias), ("logits",), Attrs())
+    return net.g.build(Stage.INT8, [net.g.emit(head, Value("logits", (classes,), "f32"))])
 
 
 def full(net: Net, bits: int = 8, ratio: float = 1.0, layers: list[str] | None = None) -> UpdateScheme:
@@ -218,7 +237,17 @@ def _shared(draw: st.DrawFn, net: Net, x: str) -> str:
     return net.add(a, net.same(x, draw(st.sampled_from((1, 2))), depthwise=draw(st.booleans())))
 
 
-_BLOCKS = (_conv, _conv, _residual, _add_first, _shared)
+@st.composite
+def _max_pool(draw: st.DrawFn, net: Net, x: str) -> str:
+    """Windows apart, side by side, or overlapping; padding that is smaller than the window."""
+    h, w, _ = net.shape(x)
+    kernel = (draw(st.integers(1, min(3, h))), draw(st.integers(1, min(3, w))))
+    top, left = (draw(st.integers(0, k - 1)) for k in kernel)
+    bottom, right = (draw(st.integers(0, k - 1)) for k in kernel)
+    return net.max_pool(x, kernel, draw(st.tuples(*[st.integers(1, 4)] * 2)), (top, bottom, left, right))
+
+
+_BLOCKS = (_conv, _conv, _residual, _add_first, _shared, _max_pool)
 _LRS = (0.0, 1e-38, 1e-30, 1e-9, 1e-3, 0.02, 0.5, 30.0, 1e4, 1e30)
 _RHO = (-60, -59, -30, -6, 0, 4, 4, 12, 30, 59, 60)
 _HEAD_BIAS = (0.0, 0.0, 0.0, -35.0, -41.5, -42.0, -55.0, -69.0, -75.0, -79.5, -80.5)
@@ -232,7 +261,7 @@ def cases(draw: st.DrawFn) -> Case:
     x = draw(_conv(net, net.input))
     for _ in range(draw(st.integers(0, 3))):
         x = draw(draw(st.sampled_from(_BLOCKS))(net, x))
-    model = net.finish(x, draw(st.sampled_from((1, 2, 3, 10, 100))))
+    model = draw(st.sampled_from((net.finish, partial(flattened, net))))(x, draw(st.sampled_from((1, 2, 3, 10, 100))))
     scheme = draw(_schemes(net))
     lrs = tuple(float(np.float32(v)) for v in draw(st.lists(st.sampled_from(_LRS), min_size=1, max_size=5)))
     rho = draw(st.just((4,)) | st.lists(st.sampled_from(_RHO), min_size=1, max_size=5).map(tuple))
@@ -346,10 +375,38 @@ def _twice() -> tuple[Net, Graph]:
     return net, net.finish(net.add(x, x), 3)
 
 
+def _flattened() -> tuple[Net, Graph]:
+    """No pool: the gradient enters at the head, over a map with an activation."""
+    net = Net((5, 7, 3), 13)
+    x = net.conv(net.input, 6, (3, 3), activation=True)
+    return net, flattened(net, net.same(x, 3, depthwise=True, activation=True, tight=True), 4)
+
+
+def _flattened_sum() -> tuple[Net, Graph]:
+    """The map that the head reads is an addition's, and the addition's input is read twice."""
+    net = Net((5, 5, 2), 14)
+    x = net.conv(net.input, 17, (2, 2), activation=True)
+    return net, flattened(net, net.add(net.same(x), x, activation=True), 3)
+
+
+def _max_pools() -> tuple[Net, Graph]:
+    """Windows that overlap, with an activation before them and another reader; then windows side by side, whose
+    gradient is one vector for all pixels."""
+    net = Net((9, 11, 3), 15)
+    x = net.conv(net.input, 6, (3, 3), activation=True)
+    y = net.max_pool(x, (3, 3), (1, 2), (1, 1, 0, 2))
+    z = net.conv(x, 6, (1, 1), stride=(1, 2))
+    h = net.shape(z)[0]
+    y = net.add(net.same(y, 1), z) if net.shape(y) == net.shape(z) else net.conv(y, 6, (h, 1))
+    y = net.same(y, 1, activation=True)
+    return net, net.finish(net.max_pool(y, (2, 2), (2, 3)), 4)
+
+
 NAMED = {
     f.__name__.removeprefix("_"): f
     for f in (_add_with_activation, _add_is_first, _shared_later, _activation_before_pool, _dead_channels,
-              _dilated_groups, _one_pixel, _one_class, _pool_in_prefix, _wide, _strided_depthwise, _twice)
+              _dilated_groups, _one_pixel, _one_class, _pool_in_prefix, _wide, _strided_depthwise, _twice, _flattened,
+              _flattened_sum, _max_pools)
 }  # fmt: skip
 
 
@@ -361,7 +418,7 @@ def named_case(name: str, bits: int = 8, lrs: tuple[float, ...] = (0.02, 0.5, 30
     for i, layer in enumerate(net.layers):
         conv = next(n for n in model.nodes if n.layer == layer)
         assert isinstance(conv.attrs, Conv2d)
-        channels = model.values[conv.inputs[1]].shape[0 if conv.attrs.depthwise else 3]
+        channels = model.values[conv["weight"]].shape[0 if conv.attrs.depthwise else 3]
         weights[layer] = 0.5 if i % 2 == (bits != 12) and channels > 1 else 1.0
     scheme = UpdateScheme(name, tuple(net.layers), weights, bits)
     return Case(model, scheme, lrs=tuple(float(np.float32(v)) for v in lrs))

@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cli_run import Run
 from graphs import float_chain, int8_chain
 from PIL import Image as PilImage
 
@@ -26,10 +28,9 @@ from trainlet.cli import prepare as prepare_module
 from trainlet.cli.output import RichProgress
 from trainlet.errors import DeviceError, MismatchError, ToolMissingError
 from trainlet.frontends import graph_file as irfile
+from trainlet.toolchain.targets import parse_size
 from trainlet.train import statefile
 from trainlet.train.loop import DEFAULT_LR, default_lr
-
-Run = Callable[..., tuple[int, dict[str, Any], str]]
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +50,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     x = rng.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
     np.savez(root / "arrays.npz", x_train=x[:9], y_train=np.arange(9) % 3, x_val=x[9:], y_val=np.arange(3))
     return root
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command with --json: exit code, the one JSON object, standard error."""
-
-    def call(*args: object) -> tuple[int, dict[str, Any], str]:
-        code = main([*map(str, args), "--json"])
-        out, err = capsys.readouterr()
-        assert out.count("\n") == 1, "one line, the JSON object"
-        return code, json.loads(out), err
-
-    return call
 
 
 def train_args(files: Path, out: Path, *more: object) -> list[object]:
@@ -121,11 +109,33 @@ def test_plan(files: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None
     assert "lower bound" in capsys.readouterr().out
 
 
+def test_passes_are_switched_off(files: Path, tmp_path: Path, run: Run) -> None:
+    common = ["--model", files / "chain.json", "--scheme", "last:2", "--classes", 5]
+    off = ["--without", "fuse", "--without", "depth_first"]
+    (_, whole, _), (code, less, _) = run("plan", *common), run("plan", *common, *off)
+    assert code == 0
+    assert less["without"] == ["fuse", "depth_first", "by_rows"]
+    assert less["input"] == "image"
+    assert less["model_hash"] == whole["model_hash"]
+    assert less["arena_bytes"] != whole["arena_bytes"]
+    assert run("compile", *common, *off, "--out", tmp_path / "c")[0] == 0
+    assert "--input image --without fuse --without depth_first" in (tmp_path / "c" / "README.md").read_text()
+    for name in ("plan", "compile", "validate"):
+        out = ["--out", tmp_path / "d"] if name == "compile" else []
+        code, error, _ = run(name, *common, *out, "--without", "speed")
+        assert code == 2
+        assert "the passes are fuse, reorder, inplace, depth_first, by_rows" in error["error"]
+    code, error, _ = run(*train_args(files, tmp_path / "t", "--without", "speed"))
+    assert (code, (tmp_path / "t").exists()) == (2, False)
+
+
 def test_sram_is_arena_and_state(files: Path, run: Run) -> None:
     args = ["plan", "--model", files / "chain.json", "--scheme", "full", "--classes", 5]
     _, found, _ = run(*args)
     need = found["arena_bytes"] + found["state_bytes"]
-    assert run(*args, "--sram", need)[0] == 0
+    code, found, _ = run(*args, "--sram", need)
+    assert code == 0
+    assert "arena and state alone were counted" in found["notes"][0]
     code, error, _ = run(*args, "--sram", need - 1)
     assert code == 4
     assert error["exit_code"] == 4
@@ -137,7 +147,7 @@ def test_sram_is_arena_and_state(files: Path, run: Run) -> None:
     ("text", "size"), [("320K", 327680), ("320kb", 327680), ("320 KiB", 327680), ("1M", 1 << 20), ("999", 999)]
 )
 def test_sizes(text: str, size: int) -> None:
-    assert prepare_module.parse_size(text) == size
+    assert parse_size(text) == size
 
 
 def test_train_then_eval(files: Path, tmp_path: Path, run: Run) -> None:
@@ -258,6 +268,61 @@ def test_ctrl_c_saves_and_resume_ends_in_the_same_bytes(files: Path, tmp_path: P
     assert resumed["steps"] == 100 * 24
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_every_command_alike(
+    files: Path, run: Run, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+    monkeypatch.setattr(prepare_module, "load_model", lambda path: signal.raise_signal(number))
+    code, error, err = run("import", files / "chain.json")
+    assert (code, error["exit_code"]) == (130, 130)
+    assert err == f"error: stopped by {number.name}\n"
+    assert signal.getsignal(number) is before
+
+
+def test_a_command_started_with_nohup_ignores_the_end_of_its_terminal(
+    files: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = prepare_module.load_model
+
+    def hang_up(path: Path) -> Any:
+        signal.raise_signal(signal.SIGHUP)
+        return real(path)
+
+    monkeypatch.setattr(prepare_module, "load_model", hang_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run("import", files / "chain.json")[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_closes_loses_nothing(files: Path, tmp_path: Path) -> None:
+    """What a run prints then goes nowhere; what it has reached is saved."""
+    args = [sys.executable, "-m", "trainlet", *map(str, train_args(files, tmp_path, "--epochs", 2000))]
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(args[0], args)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "state.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.close(terminal)
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 130
+    steps = [statefile.load(tmp_path / f"{name}.safetensors").arrays["step"] for name in ("state", "checkpoint")]
+    assert steps[0] == steps[1] > 0
+    assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_an_output_that_is_full_is_an_error(files: Path, more: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        args = [sys.executable, "-m", "trainlet", "import", str(files / "chain.json"), *more]
+        done = subprocess.run(args, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: No space left on device; make room and start again\n"
+
+
 # --- what is refused ----------------------------------------------------------------------------------------
 
 
@@ -283,6 +348,8 @@ def broken_set(root: Path, content: bytes | None) -> Path:
 
 REFUSED: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
     "unknown scheme": (lambda r: ["--scheme", "99kg"], 2, "scheme '99kg'"),
+    "rate below float32": (lambda r: ["--lr", "1e-60"], 2, "learning rate 1e-60: too small for float32; give at least"),
+    "divergence": (lambda r: ["--on-divergence", "hope"], 2, "on divergence 'hope': give stop or warn"),
     "NaN rate": (lambda r: ["--lr", "nan"], 2, "learning rate nan: give a finite number above 0"),
     "rate that is none": (lambda r: ["--lr", "fast"], 2, "'--lr'"),
     "no epoch": (lambda r: ["--epochs", 0], 2, "epochs 0"),
@@ -385,6 +452,72 @@ def test_resume_with_another_rate_is_refused(files: Path, tmp_path: Path, run: R
     code, error, _ = run(*train_args(files, tmp_path, "--epochs", 1, "--lr", 0.5, "--resume"))
     assert code == 2
     assert "the run has other settings: lr was 0.001953125, now 0.5" in error["error"]
+
+
+def test_resume_on_changed_images_is_refused(files: Path, tmp_path: Path, run: Run) -> None:
+    """Every pixel of one image changes, and neither its name nor its size."""
+    copy = tmp_path / "set"
+    for f in (files / "set").rglob("*.png"):
+        place = (copy / f.relative_to(files / "set")).with_suffix(".bmp")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        PilImage.open(f).save(place)
+    args = [*train_args(files, tmp_path / "run", "--epochs", 1), "--data", copy]
+    assert run(*args)[0] == 0
+    image = copy / "train" / "red" / "0.bmp"
+    PilImage.effect_noise((12, 12), 90).convert("RGB").save(image)
+    for more in ([], ["--resume"]):
+        code, error, _ = run(*args, *more)
+        assert code == 2
+        assert "data was" in error["error"]
+        assert "(images, labels or names of classes have changed since)" in error["error"]
+
+
+def test_a_rate_that_is_too_high_ends_a_run(files: Path, tmp_path: Path, run: Run) -> None:
+    code, error, err = run(*train_args(files, tmp_path / "stop", "--lr", 1000, "--epochs", 5))
+    assert (code, error["exit_code"]) == (5, 5)
+    assert "of the trained weights sit at the clamp" in error["error"]
+    assert "start again with a lower --lr than 1e+03" in error["error"]
+    args = train_args(files, tmp_path / "warn", "--lr", 1000, "--epochs", 5, "--on-divergence", "warn")
+    code, found, err = run(*args)
+    assert code == 0
+    assert found["diverged"]
+    assert found["clamped"] > 0.5
+    assert "lower --lr than 1e+03" in found["warnings"][0]
+    assert "warning: epoch 1, step 24: training has diverged" in err
+    assert main([*map(str, args)]) == 0
+
+
+def test_a_finished_run_says_so(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = [str(a) for a in train_args(files, tmp_path, "--epochs", 1)]
+    assert main(args) == 0
+    capsys.readouterr()
+    assert main(args) == 0
+    out, err = capsys.readouterr()
+    assert "this run had finished before, with these settings: nothing was done" in out
+    assert "has already finished with these settings" in err
+    assert main([*args, "--lr", "0.01"]) == 2
+    assert "holds a finished run with other settings: lr was" in capsys.readouterr().err
+
+
+def test_sizes_that_no_chip_takes_are_refused(files: Path, run: Run) -> None:
+    args = ["plan", "--model", files / "chain.json", "--scheme", "head", "--classes", 3, "--size"]
+    for size in (4097, 32768, 10**30):
+        code, error, _ = run(*args, size)
+        assert code == 2
+        assert f"--size {size}: no microcontroller takes such images; give at most 4096" in error["error"]
+    assert run(*args, 64)[0] == 0
+
+
+def test_paths_that_are_no_text_are_shown(files: Path, tmp_path: Path) -> None:
+    out = os.fsencode(tmp_path) + b"/caf\xe9"
+    args = [sys.executable, "-m", "trainlet", *map(str, train_args(files, tmp_path, "--epochs", 1))]
+    args = [a.encode() for a in args]
+    args[args.index(os.fsencode(tmp_path))] = out
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(args, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"caf\\udce9" in done.stdout
+    assert os.path.exists(out + b"/state.safetensors")
 
 
 @pytest.mark.parametrize(

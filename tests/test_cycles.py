@@ -22,8 +22,8 @@ from trainlet.session.emulator import EmulatorSession
 from trainlet.toolchain import find
 from trainlet.toolchain.chip import Firmware, read_elf
 from trainlet.toolchain.find import doctor, find_arm_gcc, find_mca, locate_mca
-from trainlet.toolchain.package import synthetic_image
 from trainlet.toolchain.targets import TARGETS
+from trainlet.toolchain.vectors import synthetic_image
 
 M7 = TARGETS["stm32f746"]
 TIMES = 1000

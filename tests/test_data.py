@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import builtins
+import os
+import socket
 import struct
 import zlib
 from collections.abc import Callable
@@ -15,7 +17,9 @@ import pytest
 from PIL import Image as PilImage
 
 from trainlet.errors import ToolMissingError, UsageError
+from trainlet.train import arrays as arrays_module
 from trainlet.train import data as data_module
+from trainlet.train import digests as digests_module
 from trainlet.train.data import Dataset, Draw, Transform, load_data, to_int8
 
 SHAPE = (8, 8, 3)
@@ -195,6 +199,99 @@ def test_the_fingerprint_changes_with_the_files(folder: Path) -> None:
     assert load_data(folder, SMALL).fingerprint != before
 
 
+def bitmap(path: Path, seed: int) -> None:
+    """An image of a fixed size in bytes, whatever its pixels."""
+    picture(seed).save(path)
+
+
+@pytest.fixture
+def bitmaps(folder: Path) -> Path:
+    """The same folder with bitmaps."""
+    for n, file in enumerate(sorted(folder.rglob("?.png"))):
+        bitmap(file.with_suffix(".bmp"), n)
+        file.unlink()
+    return folder
+
+
+def test_the_fingerprint_changes_with_the_pixels_alone(bitmaps: Path) -> None:
+    before = load_data(bitmaps, SMALL).fingerprint
+    path = bitmaps / "val" / "dog" / "0.bmp"
+    size, content = path.stat().st_size, path.read_bytes()
+    bitmap(path, 99)
+    assert path.stat().st_size == size
+    assert load_data(bitmaps, SMALL).fingerprint != before
+    path.write_bytes(content)
+    assert load_data(bitmaps, SMALL).fingerprint == before
+
+
+def test_the_fingerprint_changes_with_classes_and_labels(bitmaps: Path) -> None:
+    found = {load_data(bitmaps, SMALL).fingerprint}
+    for split in ("train", "val"):
+        (bitmaps / split / "dog").rename(bitmaps / split / "elk")
+    found.add(load_data(bitmaps, SMALL).fingerprint)
+    (bitmaps / "train" / "elk" / "1.bmp").rename(bitmaps / "train" / "cat" / "3.bmp")
+    found.add(load_data(bitmaps, SMALL).fingerprint)
+    assert len(found) == 3
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder in which even small and new files are remembered."""
+    monkeypatch.setenv("TRAINLET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(digests_module, "CACHED_FROM", 0)
+    monkeypatch.setattr(digests_module, "FRESH", 0)
+    return tmp_path / "cache"
+
+
+def test_files_are_read_once_until_they_change(bitmaps: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    real = digests_module.read_file
+
+    def reading(path: Path) -> bytes:
+        read.append(path)
+        return real(path)
+
+    monkeypatch.setattr(digests_module, "read_file", reading)
+    first = load_data(bitmaps, SMALL).fingerprint
+    assert len(read) == 7
+    assert load_data(bitmaps, SMALL).fingerprint == first
+    assert len(read) == 7
+    path = bitmaps / "train" / "cat" / "1.bmp"
+    times = path.stat()
+    bitmap(path, 99)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as rsync and tar set it
+    second = load_data(bitmaps, SMALL).fingerprint
+    assert second != first
+    assert read[7:] == [path]
+    for file in cache.glob("digests-*"):
+        file.write_text('{"cat/0.bmp": [[1, 2, 3], "ab"]}')
+    assert load_data(bitmaps, SMALL).fingerprint == second
+    assert len(read) == 8 + 7
+
+
+def test_a_file_that_may_still_change_is_not_remembered(
+    bitmaps: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digests_module, "FRESH", 10**12)
+    load_data(bitmaps, SMALL)
+    assert not list(cache.glob("digests-*"))
+
+
+def test_as_many_folders_are_remembered_as_are_used(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digests_module, "MAX_CACHES", 2)
+    for n in range(3):
+        folder = folder.rename(folder.with_name(f"set{n}"))
+        load_data(folder, SMALL)
+    assert len(list(cache.glob("digests-*"))) == 2
+
+
+def test_an_image_that_changes_under_way_is_noticed(bitmaps: Path) -> None:
+    found = load_data(bitmaps, SMALL).train
+    bitmap(bitmaps / "train" / "cat" / "0.bmp", 99)
+    with pytest.raises(UsageError, match=r"cat/0\.bmp: has changed while this command ran; leave the images alone"):
+        found.image(0)
+
+
 # --- folders that are refused -------------------------------------------------------------------------------
 
 
@@ -271,6 +368,52 @@ def test_a_bad_file_is_named(folder: Path, case: str) -> None:
     with pytest.raises(UsageError, match=message) as e:
         load_data(folder, SMALL).train.image(4)
     assert str(path) in str(e.value)
+
+
+def a_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as s:
+        s.bind(f"/proc/self/fd/{os.open(path.parent, os.O_RDONLY)}/{path.name}")  # the name of a socket is short
+
+
+NO_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "FIFO": (os.mkfifo, "this is no regular file; remove it"),
+    "folder": (Path.mkdir, "this is no regular file; remove it"),
+    "socket": (a_socket, "this is no regular file; remove it"),
+    "device": (lambda p: p.symlink_to("/dev/zero"), "this is no regular file; remove it"),
+    "link to nothing": (lambda p: p.symlink_to("nothing"), "cannot be read .*; mend or remove this file"),
+    "link to itself": (lambda p: p.symlink_to(p), "cannot be read .*; mend or remove this file"),
+    "large": (lambda p: os.truncate(os.open(p, os.O_CREAT | os.O_WRONLY), 1 << 20), "more than 0 MiB"),
+}
+
+
+@pytest.mark.parametrize("case", NO_FILES)
+def test_what_is_no_image_file_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    make, message = NO_FILES[case]
+    monkeypatch.setattr(digests_module, "MAX_FILE", 1 << 16)
+    make(folder / "train" / "dog" / "x.png")
+    with pytest.raises(UsageError, match=rf"dog/x\.png: .*{message}"):
+        load_data(folder, SMALL)
+
+
+def test_a_fifo_of_arrays_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "set.npz")
+    with pytest.raises(UsageError, match=r"set\.npz: this is no regular file"):
+        load_data(tmp_path / "set.npz", SMALL)
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"two\nlines", b"\x1b[2J"])
+def test_a_class_whose_name_is_no_text_is_refused(folder: Path, name: bytes) -> None:
+    for split in ("train", "val"):
+        (folder / split / "dog").rename(folder / split / os.fsdecode(name))
+    with pytest.raises(
+        UsageError, match=r"train: the class name .* has a character that is no text; rename this class"
+    ):
+        load_data(folder, SMALL)
+
+
+def test_a_file_whose_name_is_no_text_is_an_image_as_any(folder: Path) -> None:
+    (folder / "train" / "dog" / "1.png").rename(folder / "train" / "dog" / os.fsdecode(b"caf\xe9.png"))
+    assert len(all_images(load_data(folder, SMALL))) == 5
 
 
 def test_a_truncated_jpeg_is_named(folder: Path) -> None:
@@ -371,7 +514,7 @@ def test_a_damaged_npz_is_refused(tmp_path: Path) -> None:
 
 
 def test_too_many_arrays_are_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_module, "MAX_ARRAYS", 100)
+    monkeypatch.setattr(arrays_module, "MAX_ARRAYS", 100)
     with pytest.raises(UsageError, match="bytes of arrays; at most"):
         load_data(save(tmp_path), SMALL)
 

@@ -30,6 +30,7 @@ from trainlet.session.host import HostSession
 from trainlet.svg import Curve, accuracy_svg
 from trainlet.toolchain.find import ARM_GCC_VARIABLE
 from trainlet.toolchain.targets import TARGETS, with_limits
+from trainlet.train.folder import locked
 from trainlet.train.loop import Silent, evaluate
 
 ASSETS = Path(demo.__file__).parent / "assets"
@@ -220,11 +221,28 @@ def test_an_unfinished_demo_is_not_lost(
     code, found = run(capsys, *options, "--resume")
     assert code == 0
     assert found["state_sha256"] == whole["state_sha256"]
+    state = Path(str(found["state"]))
+    written = state.stat().st_mtime_ns
+    code, again = run(capsys, *options)
+    assert code == 0
+    assert again["state_sha256"] == whole["state_sha256"]
+    code, other = run(capsys, *options, "--seed", 5)
+    assert code == 2
+    assert "holds a finished run with other settings: seed was 0, now 5" in str(other["error"])
+    assert state.stat().st_mtime_ns == written
+
+
+def test_two_demos_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with locked(tmp_path, demo.LOCK_FILE):
+        code, found = run(capsys, "demo", "--on", "host", "--out", tmp_path)
+        assert [f.name for f in tmp_path.iterdir()] == [demo.LOCK_FILE]
+    assert code == 2
+    assert "is at work there" in str(found["error"])
 
 
 def _stops_at(monkeypatch: pytest.MonkeyPatch, epoch: int) -> Iterator[str]:
     """Has the sparse run stop as Ctrl-C would, once that many of its epochs are over."""
-    from trainlet.train.loop import Run
+    from trainlet.train.run import Run
 
     stopped: list[str] = []
     finish = Run._finish_epoch
@@ -275,7 +293,7 @@ def test_a_head_that_cannot_be_kept() -> None:
 
 def _headless() -> Graph:
     graph = int8_chain()
-    return replace(graph, outputs=("pool.y",)).with_nodes(graph.nodes[:-1])
+    return graph.with_interface(outputs=("pool.y",)).with_nodes(graph.nodes[:-1])
 
 
 # --- the picture ------------------------------------------------------------------------------------------------

@@ -20,20 +20,20 @@ from hypothesis import HealthCheck, given, settings
 from random_nets import NAMED, NATIVE, PLAIN, Case, cases, named_case
 from test_nets import BITS, LR, NETS, image
 
-from trainlet.attrs import FusedDw, FusedDx, RoundGrad, SgdWeight
 from trainlet.autodiff import scheme
 from trainlet.compiler import Compiled, Passes, compile_model
 from trainlet.emit import emit
 from trainlet.errors import MismatchError, TrainletError, UsageError
 from trainlet.frontends import attach_head, load_checkpoint
 from trainlet.ir.graph import Array, Node
+from trainlet.ops import OPS, FusedDw, FusedDx, RoundGrad, SgdWeight
 from trainlet.reference import TrainState, infer, initial_state, train_step
 from trainlet.session.host import HostSession
 from trainlet.toolchain import host as build
 from trainlet.verify import VerifyError, verify_plan
 
 STEPS = 20
-NO_PASSES = Passes(inplace=False, stream=False)
+NO_PASSES = Passes(inplace=False, depth_first=False)
 GUARD = 64  # bytes around arena and state that nothing may touch
 
 
@@ -53,18 +53,18 @@ def expected_state(compiled: Compiled, state: TrainState) -> dict[str, Array]:
         assert isinstance(sgd, SgdWeight)
         bits = sgd.fraction_bits
         parts = [a[w].astype(np.int32) for w in n.writes]
-        found[n.writes[0].replace(".trained", ".weight")] = (parts[0] << bits) + (parts[1] if bits else 0)
-        found[n.inputs[-1]] = graph.data[n.inputs[-1]]
+        found[n.stores["weight"][0].replace(".trained", ".weight")] = (parts[0] << bits) + (parts[1] if bits else 0)
+        found[n["channels"]] = graph.data[n["channels"]]
         rest -= set(n.writes)
-    sites = {_stream(n): n.writes[0] for n in graph.nodes if isinstance(n.attrs, FusedDx | RoundGrad)}
+    sites = {_site(n): n.stores["rho"][0] for n in graph.nodes if isinstance(n.attrs, FusedDx | RoundGrad)}
     found["rho"] = np.array([a[sites[s]][0] for s in sorted(sites)], np.int8)
     return found | {name: a[name] for name in rest - set(sites.values())}
 
 
-def _stream(node: Node) -> int:
+def _site(node: Node) -> int:
     attrs = node.attrs.round if isinstance(node.attrs, FusedDx) else node.attrs
     assert isinstance(attrs, RoundGrad)
-    return attrs.stream
+    return attrs.site
 
 
 def _equal(a: Array, b: Array) -> bool:
@@ -112,11 +112,11 @@ def _begin(case: Case, reference: TrainState, guarded: Guarded) -> None:
     start = session.state()
     rhos = iter(np.resize(np.array(case.rho, np.int8), len(reference.arrays)))
     graph = session.compiled.graph
-    sites = sorted((n for n in graph.nodes if isinstance(n.attrs, FusedDx | RoundGrad)), key=_stream)
+    sites = sorted((n for n in graph.nodes if isinstance(n.attrs, FusedDx | RoundGrad)), key=_site)
     for n in sites:
-        reference.arrays[n.writes[0]] = np.array([next(rhos)], np.int8)
+        reference.arrays[n.stores["rho"][0]] = np.array([next(rhos)], np.int8)
     reference.arrays["head.bias"] = np.resize(np.array(case.head_bias, np.float32), case.classes)
-    start["rho"] = np.array([reference.arrays[n.writes[0]][0] for n in sites], np.int8)
+    start["rho"] = np.array([reference.arrays[n.stores["rho"][0]][0] for n in sites], np.int8)
     start["head.bias"] = reference.arrays["head.bias"]
     session.load_state(start)
 
@@ -245,14 +245,14 @@ def test_exact_published_nets(assets: Path, index: int) -> None:
     """The C of the published checkpoints, optimized for this machine, against the vectors of another implementation."""
     info, compiled, want = published(assets, index)
     session = HostSession(compiled, seed=info["seed"])
-    rho = {s: i for i, s in enumerate(sorted(_stream(n) for n in compiled.graph.nodes if hasattr(n.attrs, "round")))}
+    rho = {s: i for i, s in enumerate(sorted(_site(n) for n in compiled.graph.nodes if hasattr(n.attrs, "round")))}
     got: dict[str, list[Array]] = {"logits": [], "loss": []}
     for t in range(info["steps"]):
         x = image(compiled.graph.values["input"].shape, t)
         got["logits"].append(session.infer(x))
         got["loss"].append(np.float32(session.train_step(x, t % info["classes"], LR).loss))
         if t in (0, info["steps"] - 1):
-            _check_rho(session, rho, want["rho" if t else "rho1"])
+            _check_rho(session, compiled, rho, want["rho" if t else "rho1"])
     for name, rows in got.items():
         assert _equal(np.stack(rows), want[name]), name
     state = session.state()
@@ -263,33 +263,35 @@ def test_exact_published_nets(assets: Path, index: int) -> None:
 
 def published(assets: Path, index: int) -> tuple[dict[str, Any], Compiled, dict[str, Array]]:
     """One entry of nets.json, compiled, with its vectors."""
-    info = json.loads((assets / "vectors" / "nets.json").read_text())[index]
+    info = json.loads((assets / "vectors2" / "nets.json").read_text())[index]
     model = attach_head(load_checkpoint(assets / "models" / f"{info['model']}.pkl"), info["classes"])
     compiled = compile_model(model, scheme.resolve(info["scheme"], model, bits=BITS[info["fraction_bits"]]))
-    with np.load(assets / "vectors" / info["file"], allow_pickle=False) as f:
+    with np.load(assets / "vectors2" / info["file"], allow_pickle=False) as f:
         return info, compiled, dict(f)
 
 
-def _check_rho(session: HostSession, places: dict[int, int], want: Array) -> None:
-    """rho of the input gradient of convolution i has the stream 3 i; without such a gradient it is 4."""
+def _check_rho(session: HostSession, compiled: Compiled, places: dict[int, int], want: Array) -> None:
+    """rho of the input gradient of convolution i has the site 64 n, n its place; without such a gradient it is 4."""
     rho = session.state()["rho"]
     assert len(rho) == len(places)
-    for i, value in enumerate(want):
-        assert (rho[places[3 * i]] if 3 * i in places else 4) == value, f"rho of convolution {i}"
+    model = [n for n in compiled.train.nodes if "int8" in OPS[n.op].stages]
+    sites = [64 * i for i, n in enumerate(model) if n.op == "conv2d"]
+    for i, (site, value) in enumerate(zip(sites, want, strict=True)):
+        assert (rho[places[site]] if site in places else 4) == value, f"rho of convolution {i}"
 
 
 def _check_layers(compiled: Compiled, state: dict[str, Array], want: dict[str, Array]) -> None:
     convs = compiled.train.find("conv2d")
-    trained = {i for i, n in enumerate(convs) if len(n.inputs) == 6}
-    biased = {i for i, n in enumerate(convs) if n.inputs[2] in state}
+    trained = {i for i, n in enumerate(convs) if "trained" in n.operands}
+    biased = {i for i, n in enumerate(convs) if n["bias"] in state}
     assert trained == {int(k[1:]) for k in want if k[0] == "w"}
     assert biased == {int(k[1:]) for k in want if k[0] == "b"}
     for i in biased:
-        assert np.array_equal(state[convs[i].inputs[2]], want[f"b{i}"]), f"bias of convolution {i}"
+        assert np.array_equal(state[convs[i]["bias"]], want[f"b{i}"]), f"bias of convolution {i}"
     for i in trained:
         n = convs[i]
         chosen = want[f"sel{i}"].astype(np.int64)
-        assert np.array_equal(state[n.inputs[-1]], chosen)
+        assert np.array_equal(state[n["channels"]], chosen)
         full = want[f"w{i}"][chosen] if n.attrs.depthwise else want[f"w{i}"][..., chosen]
         assert np.array_equal(state[f"{n.name}.weight"], full), f"weights of convolution {i}"
 
@@ -338,7 +340,7 @@ int main(int argc, char **argv)
 
 
 def _cc(*args: str | Path) -> None:
-    done = subprocess.run([build.find_compiler(), *map(str, args)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*build.find_compiler(), *map(str, args)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -405,7 +407,7 @@ def test_exact_published_net_under_sanitizers(
 def test_a_wrong_access_is_caught(sanitized_kernels: tuple[Path, list[Path]], tmp_path: Path) -> None:
     """An arena stated four bytes smaller than it is; at its end lies a gradient that is written whole."""
     case = named_case("dead_channels")
-    compiled = compile_model(case.model, case.scheme, NO_PASSES)
+    compiled = compile_model(case.model, case.scheme, passes=NO_PASSES)
     plan, values = compiled.plan, compiled.graph.values
     ends = {n: at + values[n].nbytes for n, at in plan.offsets.items() if values[n].exponent is not None}
     assert plan.arena_bytes in ends.values()
@@ -447,10 +449,11 @@ def test_exact_comparison_catches(fault: str, monkeypatch: pytest.MonkeyPatch) -
 def test_exact_comparison_catches_an_overlap() -> None:
     """Two tensors that live at once share bytes: the plan's check says so, and so does the C."""
     case = named_case("add_with_activation")
-    sound = compile_model(case.model, case.scheme, NO_PASSES)
+    sound = compile_model(case.model, case.scheme, passes=NO_PASSES)
     first, second = (n.outputs[0] for n in sound.graph.find("conv2d"))
     offsets = {**sound.plan.offsets, first: sound.plan.offsets[second]}
-    plan = replace(sound.plan, offsets=offsets)
+    places = {v: replace(p, offset=offsets[v]) for v, p in sound.plan.places.items()}
+    plan = replace(sound.plan, places=places)
     with pytest.raises(VerifyError, match="share"):
         verify_plan(sound.graph, plan)
     faulty = replace(sound, plan=plan, sources=emit(sound.graph, plan, sound.layout, sound.model_hash))

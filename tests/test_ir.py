@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from trainlet.attrs import Add, Conv2d, Conv2dDx, FusedDx, RoundGrad
 from trainlet.errors import UsageError
 from trainlet.frontends.graph_file import load, save
-from trainlet.ir.graph import Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
+from trainlet.ir import Graph, GraphBuilder, Kind, Node, Operands, QParams, Stage, Value
+from trainlet.ops import Add, Conv2d, Conv2dDx, FusedDx, RoundGrad
 from trainlet.verify import VerifyError
 
 MAKERS = [float_chain, int8_chain, train_tail]
@@ -55,7 +55,7 @@ def test_queries() -> None:
 
 def test_with_nodes_drops_what_nothing_names() -> None:
     graph = int8_chain()
-    cut = replace(graph, outputs=("conv.0.y",)).with_nodes(graph.nodes[:1])
+    cut = graph.with_interface(outputs=("conv.0.y",)).with_nodes(graph.nodes[:1])
     assert set(cut.values) == {"input", "conv.0.weight", "conv.0.bias", "conv.0.scale", "conv.0.y"}
     assert set(cut.data) == {"conv.0.weight", "conv.0.bias", "conv.0.scale"}
 
@@ -78,12 +78,13 @@ def test_text_form() -> None:
     s = g.const("s", np.array([0.1], np.float32), "f32")
     g.add(Value("rho", (1,), "s8", Kind.STATE))
     y = Value("y", (1, 1, 1), "s8", q=QParams(1 / 3, 0))
-    g.emit(Node("conv2d", "conv.0", "blocks.1", (x, w, b, s), ("y",), Conv2d((2, 2), clamp=(-128, 127), dead=(0,))), y)
-    site = RoundGrad(7, computes=True, conv=Conv2d((2, 2)), mask="bits")
+    conv, read = Conv2d((2, 2), clamp=(-128, 127), dead=(0,)), Operands(x=x, weight=w, bias=b, scale=s)
+    g.emit(Node("conv2d", "conv.0", "blocks.1", read, ("y",), conv), y)
+    site = RoundGrad(7, "bits", None, levels=15, bound=900)
     fused = FusedDx(Conv2dDx(Conv2d((2, 2)), (2, 2)), site)
-    g.emit(
-        Node("conv2d_dx_round", "dx", "dx", ("y", w), ("r",), fused, ("rho",)), Value("r", (2, 2, 1), "s8", exponent=3)
-    )
+    read = Operands(g="y", weight=w, further=("y", "y"))
+    dx = Node("conv2d_dx_round", "dx", "dx", read, ("r",), fused, Operands(rho="rho"), kernel="tl_conv2d_dx_s8")
+    g.emit(dx, Value("r", (2, 2, 1), "s8", exponent=3))
     assert str(g.build(Stage.LOWERED, ["y", "r"])) == (
         "graph tiny lowered\n"
         "input %x : s8[2,2,1] q(0.5, -128)\n"
@@ -91,10 +92,11 @@ def test_text_form() -> None:
         "const @s : f32[1] = fb360f7241a770dc\n"
         "state $b : s32[1] = df3f619804a92fdb\n"
         "state $rho : s8[1]\n"
-        "%y : s8[1,1,1] q(0.3333333333333333, 0) = conv2d(%x, @w, $b, @s) {kernel=(2, 2), clamp=(-128, 127), dead=(0,)}"
-        "  # conv.0 of blocks.1\n"
-        "%r : s8[2,2,1] e3 = conv2d_dx_round(%y, @w) -> $rho {dx=Conv2dDx(conv=Conv2d(kernel=(2, 2)), in_hw=(2, 2)), "
-        "round=RoundGrad(stream=7, computes=True, conv=Conv2d(kernel=(2, 2)), mask=bits)}  # dx\n"
+        "%y : s8[1,1,1] q(0.3333333333333333, 0) = conv2d(x=%x, weight=@w, bias=$b, scale=@s) {kernel=(2, 2), "
+        "clamp=(-128, 127), dead=(0,)}  # conv.0 of blocks.1\n"
+        "%r : s8[2,2,1] e3 = conv2d_dx_round(g=%y, weight=@w, further=%y+%y) -> rho=$rho by tl_conv2d_dx_s8 "
+        "{dx=Conv2dDx(conv=Conv2d(kernel=(2, 2)), in_hw=(2, 2)), "
+        "round=RoundGrad(site=7, mask=bits, clamp=None, levels=15, bound=900)}  # dx\n"
         "return %y, %r\n"
     )
 
@@ -117,8 +119,8 @@ def test_text_shows_every_change() -> None:
 
 def test_text_of_a_graph_that_is_not_valid() -> None:
     graph = int8_chain()
-    broken = replace(graph, nodes=(replace(graph.node("pool"), inputs=("ghost",), outputs=("phantom",)),))
-    assert "?phantom = avg_pool(?ghost)" in str(broken)
+    broken = replace(graph, nodes=(replace(graph.node("pool"), operands=Operands(x="ghost"), outputs=("phantom",)),))
+    assert "?phantom = avg_pool(x=?ghost)" in str(broken)
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -158,7 +160,7 @@ def test_float_bytes_survive(tmp_path: Path) -> None:
 
 def test_an_invalid_graph_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(VerifyError, match="at least one output"):
-        save(replace(int8_chain(), outputs=()), tmp_path / "g.json")
+        save(int8_chain().with_interface(outputs=()), tmp_path / "g.json")
     assert not list(tmp_path.iterdir())
 
 
@@ -198,8 +200,8 @@ MASK = next(i for i, n in enumerate(train_tail().nodes) if n.op == "mask_grad")
 DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "another format": (_put("format", "onnx"), "format: is 'trainlet-graph'"),
     "no format": (_drop("format"), "format: is 'trainlet-graph'"),
-    "a later version": (_put("version", 2), "version: this trainlet reads version 1, not 2"),
-    "a version that is true": (_put("version", True), "version: this trainlet reads version 1, not True"),
+    "a later version": (_put("version", 3), "version: this trainlet reads versions 1 to 2, not 3"),
+    "a version that is true": (_put("version", True), "version: this trainlet reads versions 1 to 2, not True"),
     "unknown field": (_put("comment", "hi"), "the file: the field 'comment' is unknown"),
     "missing field": (_drop("nodes"), "the file: the field 'nodes' is missing"),
     "unknown stage": (_put("stage", "done"), "stage: one of float, int8, train, lowered, not 'done'"),
@@ -241,8 +243,11 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "inner attributes": (_put("nodes", SGD, "attrs", "conv", "dead", [1.5]), "node 'conv.0.sgd'.attrs.conv.dead[0]: a"),
     "inner attributes of no class": (_put("nodes", SGD, "attrs", "conv", None), "'conv.0.sgd'.attrs.conv: an object"),
     "unknown choice": (_put("nodes", MASK, "attrs", "source", "maybe"), "node 'r.mask'.attrs.source: one of none"),
-    "input that is a number": (_put("nodes", CONV, "inputs", 0, 3), "node 'conv.0'.inputs[0]: a printable text, not 3"),
-    "input that does not exist": (_put("nodes", CONV, "inputs", 0, "ghost"), "not a valid graph: node 'conv.0'"),
+    "input that is a number": (_put("nodes", CONV, "operands", "x", 0, 3), "'conv.0'.operands.x[0]: a printable text"),
+    "operand that no operator has": (_put("nodes", CONV, "operands", "z", ["y"]), "'z' is an operand of no operator"),
+    "operand of nothing": (_put("nodes", CONV, "operands", "x", []), "'conv.0'.operands.x: names at least one value"),
+    "operands that are a list": (_put("nodes", CONV, "operands", []), "'conv.0'.operands: an object"),
+    "input that does not exist": (_put("nodes", CONV, "operands", "x", 0, "ghost"), "not a valid graph: node 'conv.0'"),
     "other shape": (_put("values", 0, "shape", [2, 3, 4]), "not a valid graph: node 'conv.0'"),
     "tensor that is not there": (_put("tensors", "names", ["ghost"]), "the tensor 'ghost' is missing"),
     "tensor of no value": (_put("tensors", "names", ["head.bias"]), "belongs to no value of the graph"),

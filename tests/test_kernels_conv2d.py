@@ -39,9 +39,8 @@ from kernel_library import (
 )  # fmt: skip
 from kernel_model import mix, store_weight
 
-from trainlet import numerics
-from trainlet.attrs import Conv2d
-from trainlet.ops import conv_out_hw
+from trainlet.ops import Conv2d, conv_out_hw, numerics
+from trainlet.ops.conv2d_dx import sums_of_dx
 
 RANDOM = 300
 
@@ -71,10 +70,11 @@ def check_forward(lib: ctypes.CDLL, case: ConvCase, w: Weights, c: Conv) -> None
 
 def check_dx(lib: ctypes.CDLL, case: ConvCase, w: Weights, c: Conv) -> None:
     i, a = case.info, case.arrays
-    s = numerics.dx_scale(case.conv, a["sw"].astype(np.float32))
-    assert s.mt is not None
+    scale = a["sw"].astype(np.float32)
+    levels, bound = sums_of_dx(case.conv, a["w"].shape[0])
+    s = numerics.sums_scale(numerics.sums_units(scale, levels), bound)
     assert (numerics.dx_bits(a["w"].shape[0] // i["groups"] * i["kernel"] ** 2), s.pre) == (i["b"], i["p"])
-    mt, mult, exp = block(s.mt), block(s.mult), block(s.exp)
+    mt, mult, exp = block(numerics.channel_factors(scale, levels)), block(s.mult), block(s.exp)
     v = DxScale(mt.at, mult.at, exp.at, s.pre)
     more = [block(g) for g, _ in case.residuals]
     grads = (Grad * max(len(more), 1))(*(Grad(plain(g), e) for g, (_, e) in zip(more, case.residuals, strict=True)))
@@ -84,7 +84,7 @@ def check_dx(lib: ctypes.CDLL, case: ConvCase, w: Weights, c: Conv) -> None:
     for cuts in ((0, c.in_h), tuple(range(c.in_h + 1))):
         rho, e, rx = block([i["rho"]], np.int8), block([0], np.int16), block(np.zeros_like(a["rx"]))
         mask = Mask(bits.at if bits is not None else None, None, 0, 0)
-        site = Site(i["streams"][0], rho.at, e.at, grads, len(more), mask)
+        site = Site(i["sites"][0], rho.at, e.at, grads, len(more), mask)
         step = Step(key, i["A"], 0, 0)
         for y0, y1 in pairwise(cuts):
             g = Grad(plain(r), i["e_y"])
@@ -97,17 +97,17 @@ def check_dw(lib: ctypes.CDLL, case: ConvCase, c: Conv) -> None:
     i, a = case.info, case.arrays
     bits, channels = i["fraction_bits"], case.channels.astype(np.int64)
     scale = a["sw"].astype(np.float32)
-    rate = numerics.weight_rate(case.conv, scale, i["x_scale"])
+    rate = numerics.weight_rate(case.conv.dead, scale, i["x_scale"])
     live = np.setdiff1d(np.arange(len(scale)), case.dead)
     np.testing.assert_array_equal(rate[live], a["kw"][live])
-    np.testing.assert_array_equal(numerics.bias_rate(case.conv, scale, i["x_scale"])[live], a["kb"][live])
+    np.testing.assert_array_equal(numerics.bias_rate(case.conv.dead, scale, i["x_scale"])[live], a["kb"][live])
     w = block(a["w"][..., channels])
     packed = pack(np.zeros(w.size, np.int64), bits)
     fraction = None if packed is None else block(packed)
     cg = a["w"].shape[3]
     kept = np.concatenate([g * cg + channels for g in range(i["groups"])])
     x, r, rates, table = block(a["x"][..., kept]), block(a["r"]), block(rate), block(channels, np.uint16)
-    d = Dw(i["streams"][1], table.at, len(channels), bits, numerics.pre_shift(127 * 255 * c.out_h * c.out_w), rates.at)
+    d = Dw(i["sites"][1], table.at, len(channels), bits, numerics.pre_shift(127 * 255 * c.out_h * c.out_w), rates.at)
     step = Step(mix(i["seed"] + 0x9E3779B9 * i["step"]), 0, 0, 0)
     work = planned(lib, "conv2d_dw_scratch", c, len(channels))
     lib.tl_conv2d_dw_s8(

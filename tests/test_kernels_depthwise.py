@@ -13,7 +13,7 @@ from depthwise_checks import Split, check_random, check_vector, conv_of, run_for
 from kernel_library import RUNNABLE, library
 from kernel_model import Layer, forward_sums, quantize_multiplier, requantize
 
-from trainlet import scratch as sizes
+from trainlet.ops import scratch as sizes
 
 RANDOM = 150
 VECTORS = range(10, 18), (25, 35)

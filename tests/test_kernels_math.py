@@ -25,7 +25,7 @@ int32_t probe_prescale(int32_t h, int32_t n, int32_t *left);
 int32_t probe_sround(int32_t h, int32_t n, uint32_t w);
 int32_t probe_bitlen(uint32_t x);
 int32_t probe_scale(float v, int32_t *exp);
-uint32_t probe_key(uint32_t seed, uint32_t step, uint32_t stream);
+uint32_t probe_key(uint32_t seed, uint32_t step, uint32_t site);
 uint32_t probe_word(uint32_t key, uint32_t index);
 void probe_weight_sub(int8_t *w, uint8_t *fraction, int32_t i, int32_t bits, int32_t step);
 int32_t probe_mbqm(int32_t x, int32_t m, int32_t sh) { return tl_mbqm(x, m, sh); }
@@ -48,9 +48,9 @@ int32_t probe_scale(float v, int32_t *exp)
     *exp = s.exp;
     return s.mult;
 }
-uint32_t probe_key(uint32_t seed, uint32_t step, uint32_t stream)
+uint32_t probe_key(uint32_t seed, uint32_t step, uint32_t site)
 {
-    return tl_site_key(tl_step_key(seed, step), stream);
+    return tl_site_key(tl_step_key(seed, step), site);
 }
 uint32_t probe_word(uint32_t key, uint32_t index) { return tl_word(key, index); }
 void probe_weight_sub(int8_t *w, uint8_t *fraction, int32_t i, int32_t bits, int32_t step)
@@ -67,7 +67,7 @@ def build(folder: Path, kind: str, old: str = "", new: str = "") -> ctypes.CDLL:
     (folder / "tl_math.h").write_text(header.replace(old, new) if old else header)
     (folder / "shim.c").write_text(SHIM)
     made, flags = folder / f"{kind}.so", (*FLAGS, *(() if old else WARNINGS), *BUILDS[kind])
-    subprocess.run([find_compiler(), *flags, "-shared", str(folder / "shim.c"), "-o", str(made)], check=True)
+    subprocess.run([*find_compiler(), *flags, "-shared", str(folder / "shim.c"), "-o", str(made)], check=True)
     lib = ctypes.CDLL(str(made))
     lib.probe_key.restype = lib.probe_word.restype = c_uint32
     return lib
@@ -79,7 +79,7 @@ def lib(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_vectors(assets: Path, lib: ctypes.CDLL) -> None:
-    with np.load(assets / "vectors" / "primitives.npz", allow_pickle=False) as f:
+    with np.load(assets / "vectors2" / "primitives.npz", allow_pickle=False) as f:
         p = {k: v.tolist() for k, v in f.items()}
     assert [lib.probe_mbqm(*a) for a in zip(p["x"], p["m"], p["sh"], strict=True)] == p["mbqm"]
     assert [lib.probe_key(*a) for a in p["key_in"]] == p["key"]

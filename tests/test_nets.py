@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainlet.attrs import Conv2d, RoundGrad, SgdWeight
 from trainlet.autodiff import scheme
 from trainlet.autodiff.walk import differentiate
 from trainlet.frontends import attach_head, load_checkpoint
 from trainlet.ir.graph import Graph, Node
+from trainlet.ops import OPS, Conv2d, RoundGrad, SgdWeight
 from trainlet.reference import StepResult, TrainState, initial_state, rounding, train_step
 
 LR = float(np.float32(0.1 / 256))
@@ -27,7 +27,7 @@ NETS = 5
 @cache
 def net(assets: Path, index: int) -> tuple[dict[str, Any], Graph]:
     """One entry of nets.json and its TRAIN graph."""
-    info = json.loads((assets / "vectors" / "nets.json").read_text())[index]
+    info = json.loads((assets / "vectors2" / "nets.json").read_text())[index]
     model = attach_head(load_checkpoint(assets / "models" / f"{info['model']}.pkl"), info["classes"])
     chosen = scheme.resolve(info["scheme"], model, bits=BITS[info["fraction_bits"]])
     return info, differentiate(model, chosen)
@@ -54,29 +54,31 @@ def _convs(graph: Graph) -> list[Node]:
 
 def rhos(graph: Graph, state: TrainState) -> np.ndarray:
     """rho of the input gradient of convolution i; 4 where there is none."""
-    out = np.full(len(_convs(graph)), 4, np.int8)
+    model = [n for n in graph.nodes if "int8" in OPS[n.op].stages]
+    numbers = {model.index(n): i for i, n in enumerate(_convs(graph))}
+    out = np.full(len(numbers), 4, np.int8)
     for node in graph.find("round_grad"):
         assert isinstance(node.attrs, RoundGrad)
-        out[node.attrs.stream // 3] = state.arrays[node.writes[0]][0]
+        out[numbers[node.attrs.site // 64]] = state.arrays[node.stores["rho"][0]][0]
     return out
 
 
 def full_weight(graph: Graph, state: TrainState, conv: Node) -> np.ndarray:
     """F of all channels, OHWI."""
-    update = next(n for n in graph.find("sgd_weight") if conv.inputs[-2] in n.writes)
+    update = next(n for n in graph.find("sgd_weight") if conv["trained"] in n.writes)
     assert isinstance(update.attrs, SgdWeight)
     assert isinstance(conv.attrs, Conv2d)
     trained, *fraction = (state.arrays[name].astype(np.int32) for name in update.writes)
     bits = update.attrs.fraction_bits
-    whole = graph.data[conv.inputs[1]].astype(np.int32) << bits
-    where = graph.data[conv.inputs[-1]]
+    whole = graph.data[conv["weight"]].astype(np.int32) << bits
+    where = graph.data[conv["channels"]]
     whole[where if conv.attrs.depthwise else (..., where)] = (trained << bits) + (fraction[0] if fraction else 0)
     return whole
 
 
 def named(graph: Graph, state: TrainState, results: list[StepResult], rho1: np.ndarray) -> dict[str, np.ndarray]:
     """What the vectors hold, from a finished run."""
-    pooled = graph.find("dense")[0].inputs[0]
+    pooled = graph.find("dense")[0]["x"]
     found = {
         "logits": np.stack([r.logits for r in results]),
         "loss": np.array([r.loss for r in results], np.float32),
@@ -87,11 +89,11 @@ def named(graph: Graph, state: TrainState, results: list[StepResult], rho1: np.n
         "head_b": state.arrays["head.bias"],
     }
     for i, conv in enumerate(_convs(graph)):
-        if conv.inputs[2] in state.arrays:
-            found[f"b{i}"] = state.arrays[conv.inputs[2]]
-        if len(conv.inputs) == 6:
+        if conv["bias"] in state.arrays:
+            found[f"b{i}"] = state.arrays[conv["bias"]]
+        if "trained" in conv.operands:
             found[f"w{i}"] = full_weight(graph, state, conv)
-            found[f"sel{i}"] = graph.data[conv.inputs[-1]]
+            found[f"sel{i}"] = graph.data[conv["channels"]]
     return found
 
 
@@ -108,7 +110,7 @@ def _equal(got: np.ndarray, want: np.ndarray) -> bool:
 
 
 def _vectors(assets: Path, info: dict[str, Any]) -> dict[str, np.ndarray]:
-    with np.load(assets / "vectors" / info["file"], allow_pickle=False) as f:
+    with np.load(assets / "vectors2" / info["file"], allow_pickle=False) as f:
         return dict(f)
 
 

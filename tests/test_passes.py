@@ -17,7 +17,7 @@ from trainlet.autodiff.scheme import resolve
 from trainlet.compiler import Passes, compile_model
 from trainlet.frontends import attach_head, load
 from trainlet.session.host import HostSession
-from trainlet.toolchain.package import LR, synthetic_image
+from trainlet.toolchain.vectors import LR, synthetic_image
 from trainlet.train.statefile import state_sha256
 
 NONE = Passes(*(False,) * 5)
@@ -28,7 +28,7 @@ PUBLISHED = (("mcunet-5fps", "99kb"), ("mbv2-w0.35", "49kb"), ("proxyless-w0.3",
 @given(case=cases(), switches=st.tuples(*(st.booleans(),) * 5))
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 def test_random_models_under_random_passes(case: Case, switches: tuple[bool, ...]) -> None:
-    assert difference(case, compile_model(case.model, case.scheme, Passes(*switches)), STEPS) == ""
+    assert difference(case, compile_model(case.model, case.scheme, passes=Passes(*switches)), STEPS) == ""
 
 
 @pytest.mark.parametrize("name", ["dilated_groups", "shared_later", "add_with_activation"])
@@ -37,7 +37,7 @@ def test_all_subsets(name: str) -> None:
     case = replace(named_case(name, 12), flags=PLAIN)
     programs = set()
     for switches in product((False, True), repeat=5):
-        compiled = compile_model(case.model, case.scheme, Passes(*switches))
+        compiled = compile_model(case.model, case.scheme, passes=Passes(*switches))
         assert difference(case, compiled, STEPS) == "", switches
         programs.add(str(compiled.graph))
     assert len(programs) >= 8
@@ -46,7 +46,7 @@ def test_all_subsets(name: str) -> None:
 @pytest.mark.parametrize("name", NAMED)
 def test_no_pass_makes_memory_larger(name: str) -> None:
     case = named_case(name)
-    most = compile_model(case.model, case.scheme, replace(NONE, fuse=True)).plan.lower_bound
+    most = compile_model(case.model, case.scheme, passes=replace(NONE, fuse=True)).plan.lower_bound
     assert compile_model(case.model, case.scheme).plan.lower_bound <= most
 
 
@@ -56,7 +56,7 @@ def test_published_models_with_all_and_with_none(assets: Path, model: str, schem
     chosen = resolve(scheme, graph, 12)
     ends = []
     for passes in (Passes(), NONE, Passes(by_rows=False)):
-        session = HostSession(compile_model(attach_head(graph, 10), chosen, passes), seed=5)
+        session = HostSession(compile_model(attach_head(graph, 10), chosen, passes=passes), seed=5)
         losses = [session.train_step(synthetic_image((128, 128, 3), t), t, LR).loss for t in range(3)]
         ends.append((state_sha256(session.state()), losses))
     assert ends[0] == ends[1] == ends[2]

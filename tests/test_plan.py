@@ -16,8 +16,10 @@ from trainlet.autodiff import scheme
 from trainlet.autodiff.walk import differentiate
 from trainlet.frontends import attach_head, load_checkpoint
 from trainlet.ir.graph import Graph
+from trainlet.passes.choose_kernels import choose_kernels
 from trainlet.passes.fuse import fuse
 from trainlet.plan.arena import ALIGNMENT, Block, MemoryPlan, best_fit, largest_alive, lifetimes, make_plan, place
+from trainlet.toolchain.targets import HOST
 from trainlet.verify import verify_plan
 
 MODELS = ("mbv2-w0.35", "mcunet-5fps", "proxyless-w0.3")
@@ -113,7 +115,7 @@ def _check(graph: Graph, plan: MemoryPlan) -> None:
 
 
 def _lowered(case: Case) -> Graph:
-    return fuse(differentiate(case.model, case.scheme))
+    return choose_kernels(fuse(differentiate(case.model, case.scheme)), HOST)
 
 
 @given(case=cases())
@@ -166,7 +168,7 @@ def test_arenas_of_published_nets(assets: Path, model: str) -> None:
     assert len(names) == 5
     rows = []
     for name in names:
-        graph = fuse(differentiate(net, scheme.resolve(name, net, 8)))
+        graph = choose_kernels(fuse(differentiate(net, scheme.resolve(name, net, 8))), HOST)
         plan = make_plan(graph)
         verify_plan(graph, plan)
         rows.append((name, plan.arena_bytes, plan.lower_bound))

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from graphs import int8_chain
 
-from trainlet.attrs import Stream
 from trainlet.autodiff.scheme import UpdateScheme
 from trainlet.cli import main
 from trainlet.compiler import ALL, Compiled, compile_model
-from trainlet.emit.emitter import comment
+from trainlet.emit.code import comment
 from trainlet.errors import MismatchError, OverBudgetError
 from trainlet.frontends import attach_head
 from trainlet.frontends import graph_file as irfile
+from trainlet.ir import DepthFirst
 from trainlet.measure.probe import _first, first_difference, instrument, roomy, written
 from trainlet.measure.validate import validate
 from trainlet.plan.arena import feeds
@@ -61,8 +61,8 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
 @pytest.mark.parametrize("by_rows", [True, False])
 def test_every_node_has_a_call_behind_it(by_rows: bool) -> None:
     """A stream that the image is not fed to is a call itself; all rows of its nodes have one too."""
-    model = compile_model(attach_head(int8_chain(), 4), UpdateScheme("head"), replace(ALL, by_rows=by_rows))
-    streams = model.graph.find("stream")
+    model = compile_model(attach_head(int8_chain(), 4), UpdateScheme("head"), passes=replace(ALL, by_rows=by_rows))
+    streams = model.graph.find("depth_first")
     assert streams
     assert (feeds(model.graph) is None) == (not by_rows)
     probed = instrument(model)
@@ -70,7 +70,7 @@ def test_every_node_has_a_call_behind_it(by_rows: bool) -> None:
     nodes = [*model.graph.flat().nodes, *(n for n in streams if n is not feeds(model.graph))]
     assert sorted(probed.points) == sorted(f"{comment(n.layer)}: {n.op}" for n in nodes)
     assert [int(i) for i in re.findall(r"tl_port_probe\(c, (\d+), ", text)] == list(range(len(nodes)))
-    assert text.count(", y);\n") == sum(len(n.attrs.nodes) for n in streams if isinstance(n.attrs, Stream))
+    assert text.count(", y);\n") == sum(len(n.attrs.nodes) for n in streams if isinstance(n.attrs, DepthFirst))
     without = re.sub(r".*tl_port_probe.*\n", "", text)
     assert without == model.sources.files["int8_chain.c"], "nothing else is changed"
     assert all(written(model)[p] for p in probed.points if not p.endswith("check_lr"))
@@ -81,7 +81,7 @@ def test_an_honest_device_has_no_first_difference(
     qemu: str, chain: Compiled, make: Callable[..., DeviceSession]
 ) -> None:
     assert first_difference(chain, make, M7, SHAPE, 1) == ""
-    whole = compile_model(attach_head(int8_chain(), 4), UpdateScheme("head"), replace(ALL, by_rows=False))
+    whole = compile_model(attach_head(int8_chain(), 4), UpdateScheme("head"), passes=replace(ALL, by_rows=False))
     assert first_difference(whole, make, M7, SHAPE, 0) == ""
 
 
@@ -94,7 +94,7 @@ def test_the_node_of_a_planted_fault_is_named(
 
 
 def test_a_node_without_streams_is_named(qemu: str, plant: Callable[[str], str]) -> None:
-    plain = compile_model(attach_head(int8_chain(), 4), UpdateScheme("full"), replace(ALL, stream=False))
+    plain = compile_model(attach_head(int8_chain(), 4), UpdateScheme("full"), passes=replace(ALL, depth_first=False))
     plant("in a stream")
     assert first_difference(plain, EmulatorSession, M7, SHAPE, 0) == "stem: conv2d"
 

@@ -11,13 +11,14 @@ import pytest
 from graphs import ChainBuilder, float_chain, int8_chain
 from numpy.typing import NDArray
 
-from trainlet.attrs import Attrs, Conv2d, Mask
 from trainlet.autodiff.scheme import resolve
 from trainlet.compiler import compile_model
 from trainlet.errors import TrainletError, UnsupportedError, UsageError
 from trainlet.frontends import attach_head
 from trainlet.frontends.quantize import PIXELS, calibrate, fold_batch_norm, quantize, range_qparams
+from trainlet.ir import Attrs, Operands
 from trainlet.ir.graph import Graph, Kind, Node, Stage, Value
+from trainlet.ops import Conv2d, Mask
 from trainlet.reference import infer, run
 from trainlet.reference.linear import conv_sum
 
@@ -53,9 +54,9 @@ def conv_excess(real: Graph, made: Graph, values: dict[str, NDArray[np.generic]]
     assert isinstance(conv, Conv2d)
     x, y, q = reals(made, values, node.inputs[0]), reals(made, values, node.outputs[0]), made.values[node.outputs[0]].q
     assert q is not None
-    w, b = (real.data[n].astype(np.float64) for n in real.node(node.name).inputs[1:3])
-    scale = made.data[node.inputs[3]].astype(np.float64)
-    x_q = made.values[node.inputs[0]].q
+    w, b = (real.data[real.node(node.name)[o]].astype(np.float64) for o in ("weight", "bias"))
+    scale = made.data[node["scale"]].astype(np.float64)
+    x_q = made.values[node["x"]].q
     assert x_q is not None
     low, high = max((conv.clamp or (-np.inf,))[0], (-128 - q.zero) * q.scale), (127 - q.zero) * q.scale
     want = np.clip(conv_sum(x, 0, w, conv) + b, low, high)
@@ -245,7 +246,7 @@ def _huge() -> Graph:
 
 def _masked() -> Graph:
     graph = float_chain()
-    node = Node("clip_mask", "mask", "mask", ("conv.0.y",), ("bits",), Mask((0, 6)))
+    node = Node("clip_mask", "mask", "mask", Operands(x="conv.0.y"), ("bits",), Mask((0, 6)))
     return replace(graph, nodes=(*graph.nodes, node), values={**graph.values, "bits": Value("bits", (4, 4, 6), "f32")})
 
 
@@ -255,12 +256,13 @@ def _trained() -> Graph:
     return replace(graph, values={**graph.values, "conv.1.weight": moved})
 
 
-def _two_heads() -> Graph:
+def _dense_over_dense() -> Graph:
     graph = float_chain()
-    weight = Value("second.weight", (4, 6), "f32", Kind.CONST)
-    node = Node("dense", "second", "second", ("pool.y", weight.name, "head.bias"), ("second.y",), Attrs())
+    weight = Value("second.weight", (4, 4), "f32", Kind.CONST)
+    read = Operands(x="logits", weight=weight.name, bias="head.bias")
+    node = Node("dense", "second", "second", read, ("second.y",), Attrs())
     values = {**graph.values, weight.name: weight, "second.y": Value("second.y", (4,), "f32")}
-    data = {**graph.data, weight.name: np.ones((4, 6), np.float32)}
+    data = {**graph.data, weight.name: np.ones((4, 4), np.float32)}
     return replace(graph, nodes=(*graph.nodes, node), values=values, data=data)
 
 
@@ -271,9 +273,9 @@ def _two_heads() -> Graph:
         (_silent, UsageError, "stem: its output is 0 for all calibration images"),
         (lambda: _zero("conv.2.weight"), UsageError, "block.project: all its weights are 0"),
         (_huge, UsageError, "block.depthwise: its weights are so large that every output saturates"),
-        (_masked, UnsupportedError, "mask: 'clip_mask' cannot be quantized; models are made of conv2d, add"),
+        (_masked, UnsupportedError, "node 'mask' .* belongs to stage train, lowered, not float"),
         (_trained, UnsupportedError, "block.depthwise: 'conv.1.weight' is no constant"),
-        (_two_heads, UnsupportedError, "head: a dense layer is supported at the end of a model only"),
+        (_dense_over_dense, UnsupportedError, "second: a dense layer is supported at the end of a model only"),
     ],
 )
 def test_what_cannot_be_quantized_is_refused(

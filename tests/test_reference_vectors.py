@@ -12,14 +12,14 @@ from conv_cases import COUNT, ConvCase, conv_graph, load_case
 
 from trainlet.frontends import canonicalize_dead
 from trainlet.reference import arithmetic, executor, initial_state, rounding
-from trainlet.reference.backward import factor_levels
+from trainlet.reference.conv2d import factor_levels
 from trainlet.reference.run import Run
 from trainlet.verify import verify_graph
 
 
 @pytest.fixture(scope="session")
 def primitives(assets: Path) -> dict[str, Any]:
-    with np.load(assets / "vectors" / "primitives.npz", allow_pickle=False) as f:
+    with np.load(assets / "vectors2" / "primitives.npz", allow_pickle=False) as f:
         return dict(f)
 
 

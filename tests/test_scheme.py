@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainlet.attrs import Add, AvgPool, Conv2d
 from trainlet.autodiff.scheme import (
     UpdateScheme,
     check_scheme,
@@ -30,7 +29,8 @@ from trainlet.autodiff.scheme import (
 )
 from trainlet.errors import UsageError
 from trainlet.frontends import attach_head, load_checkpoint
-from trainlet.ir.graph import Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
+from trainlet.ir import Graph, GraphBuilder, Kind, Node, Operands, QParams, Stage, Value
+from trainlet.ops import Add, AvgPool, Conv2d
 
 ASSETS = os.environ.get("TRAINLET_ASSETS")
 needs_assets = pytest.mark.skipif(not ASSETS, reason="TRAINLET_ASSETS is not set")
@@ -77,16 +77,18 @@ def small() -> Graph:
         ("c", Conv2d((1, 1), groups=2, clamp=(-128, 127))),
     ):
         w = rng.integers(-127, 128, (8, *conv.kernel, 8 // conv.groups)).astype(np.int8)
-        inputs = (
-            value,
-            g.const(f"{layer}.weight", w, "s8"),
-            g.const(f"{layer}.bias", np.zeros(8, np.int32), "s32"),
-            g.const(f"{layer}.scale", np.ones(8, np.float32), "f32"),
+        inputs = Operands(
+            x=value,
+            weight=g.const(f"{layer}.weight", w, "s8"),
+            bias=g.const(f"{layer}.bias", np.zeros(8, np.int32), "s32"),
+            scale=g.const(f"{layer}.scale", np.ones(8, np.float32), "f32"),
         )
         node = Node("conv2d", f"conv.{'abc'.index(layer)}", layer, inputs, (f"{layer}.y",), conv)
         value = g.emit(node, Value(f"{layer}.y", (4, 4, 8), "s8", q=q))
-    value = g.emit(Node("add", "sum", "sum", (x, value), ("s",), Add((-128, 127))), Value("s", (4, 4, 8), "s8", q=q))
-    pool = Node("avg_pool", "pool", "pool", (value,), ("p",), AvgPool((4, 4)))
+    value = g.emit(
+        Node("add", "sum", "sum", Operands(a=x, b=value), ("s",), Add((-128, 127))), Value("s", (4, 4, 8), "s8", q=q)
+    )
+    pool = Node("avg_pool", "pool", "pool", Operands(x=value), ("p",), AvgPool((4, 4)))
     return attach_head(g.build(Stage.INT8, (g.emit(pool, Value("p", (1, 1, 8), "s8", q=q)),)), 2)
 
 
@@ -151,7 +153,7 @@ def test_channels_of_vectors(file: str, scheme: str) -> None:
     found = resolve(scheme, graph)
     layers = trainable_layers(graph)
     index = {layer: i for i, layer in enumerate(layers)}
-    with np.load(Path(str(ASSETS)) / "vectors" / f"{file}.npz", allow_pickle=False) as z:
+    with np.load(Path(str(ASSETS)) / "vectors2" / f"{file}.npz", allow_pickle=False) as z:
         want = {k: z[k] for k in z.files if k.startswith("sel")}
         biases = {k for k in z.files if k[0] == "b"}
     assert biases == {f"b{index[b]}" for b in found.biases}
@@ -160,7 +162,7 @@ def test_channels_of_vectors(file: str, scheme: str) -> None:
         node = layers[layer]
         conv = node.attrs
         assert isinstance(conv, Conv2d)
-        got = selected_channels(graph.data[node.inputs[1]], ratio, conv.depthwise, layer)  # type: ignore[arg-type]
+        got = selected_channels(graph.data[node["weight"]], ratio, axis=0 if conv.depthwise else 3, layer=layer)
         np.testing.assert_array_equal(got, want[f"sel{index[layer]}"])
 
 
@@ -231,18 +233,18 @@ def test_selected_channels() -> None:
     w = np.zeros((2, 1, 1, 5), np.int8)
     w[0, 0, 0] = [3, -5, 0, 4, 5]
     w[1, 0, 0] = [0, 0, 5, 3, 0]  # squares 9, 25, 25, 25, 25
-    assert selected_channels(w, 0.2, False).tolist() == [1]
-    assert selected_channels(w, 0.79, False).tolist() == [1, 2, 3]
-    assert selected_channels(w, 1.0, False).tolist() == [0, 1, 2, 3, 4]
-    assert selected_channels(w, 1.0, False).dtype == np.uint16
+    assert selected_channels(w, 0.2, axis=3).tolist() == [1]
+    assert selected_channels(w, 0.79, axis=3).tolist() == [1, 2, 3]
+    assert selected_channels(w, 1.0, axis=3).tolist() == [0, 1, 2, 3, 4]
+    assert selected_channels(w, 1.0, axis=3).dtype == np.uint16
     depthwise = np.array([1, -127, 2, 3], np.int8).reshape(4, 1, 1, 1)
-    assert selected_channels(depthwise, 0.5, True).tolist() == [1, 3]
+    assert selected_channels(depthwise, 0.5, axis=0).tolist() == [1, 3]
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.19, -1.0, 1.01, float("nan")])
 def test_nothing_selected(ratio: float) -> None:
     with pytest.raises(UsageError, match=r"blocks\.1: ratio .* (selects none|is not above 0)"):
-        selected_channels(np.ones((2, 1, 1, 5), np.int8), ratio, False, "blocks.1")
+        selected_channels(np.ones((2, 1, 1, 5), np.int8), ratio, axis=3, layer="blocks.1")
 
 
 @given(st.lists(st.integers(-127, 127), min_size=1, max_size=40), st.floats(0.001, 1))
@@ -252,7 +254,7 @@ def test_selected_channels_match_their_definition(row: list[int], ratio: float) 
     if count == 0:
         return
     want = sorted(sorted(range(len(row)), key=lambda c: (-row[c] * row[c], c))[:count])
-    assert selected_channels(w, ratio, False).tolist() == want
+    assert selected_channels(w, ratio, axis=3).tolist() == want
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -277,10 +279,10 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 REJECTED: list[tuple[object, str]] = [
-    (document(biases=["d"]), r"scheme 'mine': d: small has no such layer; its 3 convolutions go from a to c"),
+    (document(biases=["d"]), r"scheme 'mine': d: small has no such layer; its 3 trainable layers go from a to c"),
     (document(biases=["conv.1"]), r"conv\.1: small has no such layer \(did you mean b\?\)"),
-    (document(weights={"sum": 1}), r"sum: this is no convolution \(add\) and has nothing to train"),
-    (document(weights={"pool": 1}), r"pool: this is no convolution \(avg_pool\)"),
+    (document(weights={"sum": 1}), r"sum: this layer \(add\) has nothing"),
+    (document(weights={"pool": 1}), r"pool: this layer \(avg_pool\) has nothing"),
     (document(biases=["head"]), "head: the head always trains"),
     (document(biases=["classifier"]), "classifier: the head always trains"),
     (document(biases=["b", "b"]), "bias of b is named twice"),

@@ -186,7 +186,7 @@ def over_and_short(limit: PlannedLimit, c: Contributions, choice: Choice) -> tup
     return said, limit.cost(choice) - limit.most
 
 
-@pytest.mark.parametrize("passes", [ALL, Passes(inplace=False), Passes(reorder=False), Passes(stream=False)])
+@pytest.mark.parametrize("passes", [ALL, Passes(inplace=False), Passes(reorder=False), Passes(depth_first=False)])
 @pytest.mark.parametrize("name", ["chain", "add_is_first"])
 def test_no_choice_costs_less_than_its_cuts_say(name: str, passes: Passes) -> None:
     limit = PlannedLimit(small(name), None, 100, passes)

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
 import random
+import re
 import sqlite3
 import subprocess
 import sys
@@ -12,24 +15,24 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from job_work import COUNT, die, refuse, slow_square, specs, square
 
 from trainlet.errors import DeviceError, UsageError
+from trainlet.select import store as store_module
 from trainlet.select.jobs import (
-    APPLICATION_ID,
     Clock,
     DaskExecutor,
     Executor,
-    JobStore,
     LocalExecutor,
     duration,
-    job_key,
     open_executor,
     run_jobs,
 )
+from trainlet.select.store import APPLICATION_ID, JobStore, canonical, job_key
 from trainlet.train.loop import Silent
 
 # --- keys and the file --------------------------------------------------------------------------------------
@@ -93,6 +96,25 @@ def _overwritten_page(path: Path) -> None:
     path.write_bytes(raw)
 
 
+def _view(path: Path) -> None:
+    _sql("DROP TABLE jobs")(path)
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i, i, i, i, i FROM n"
+    _sql(f"CREATE VIEW jobs (key, spec, result, seconds, checksum) AS {endless}")(path)
+
+
+def _forged(result: str) -> Callable[[Path], None]:
+    """A job with a checksum that is right, and such a result."""
+
+    def change(path: Path) -> None:
+        spec = canonical({"n": 1})
+        key = job_key({"n": 1})
+        checksum = hashlib.sha256("\n".join((key, spec, result)).encode()).hexdigest()
+        with contextlib.closing(sqlite3.connect(path)) as db, db:
+            db.execute("UPDATE jobs SET result = ?, checksum = ? WHERE key = ?", (result, checksum, key))
+
+    return change
+
+
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "text": (_text, "no file of jobs"),
     "empty": (_empty, "no file of jobs"),
@@ -103,6 +125,12 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a page overwritten": (_overwritten_page, "damaged"),
     "a result changed": (_sql("UPDATE jobs SET result = replace(result, '49', '50')"), "checksum"),
     "a job under another's key": (_sql("UPDATE jobs SET key = replace(key, 'a', 'b')"), "checksum"),
+    "bytes for a text": (_sql("UPDATE jobs SET spec = CAST(spec AS BLOB)"), "checksum"),
+    "a view in its place": (_view, "the one table of jobs"),
+    "a trigger": (_sql("CREATE TRIGGER t AFTER INSERT ON jobs BEGIN DELETE FROM jobs; END"), "the one table of jobs"),
+    "a list for a result": (_forged("[1]"), "has no result"),
+    "a result without end": (_forged("[" * 100_000), "has no result"),
+    "no JSON": (_forged("{"), "has no result"),
 }
 
 
@@ -121,6 +149,60 @@ def test_a_foreign_or_damaged_file_is_refused_and_left_alone(tmp_path: Path, fau
     assert "--out" in str(refused.value)
     assert path.read_bytes() == before
     assert [f.name for f in tmp_path.iterdir()] == ["jobs.sqlite"]
+
+
+def test_a_fifo_is_refused_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "jobs.sqlite")
+    with pytest.raises(UsageError, match="this is no file"):
+        JobStore(tmp_path / "jobs.sqlite")
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file with one job; nobody waits long for a lock."""
+    monkeypatch.setattr(store_module, "WAIT", 0.3)
+    with JobStore(tmp_path / "jobs.sqlite") as store:
+        store.put({"n": 1}, {"loss": 0.1}, 2.5)
+    return tmp_path / "jobs.sqlite"
+
+
+def _refused(kept: Path, what: str) -> Any:
+    return pytest.raises(UsageError, match=rf"{re.escape(str(kept))}: {what}.*finished runs are kept: .* same command")
+
+
+def test_a_locked_file_is_not_called_damaged(kept: Path) -> None:
+    with contextlib.closing(sqlite3.connect(kept)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with _refused(kept, "another program has it locked"):
+            JobStore(kept)
+        other.rollback()
+        with JobStore(kept) as store:
+            other.execute("BEGIN EXCLUSIVE")
+            with _refused(kept, "another program has it locked"):
+                store.put({"n": 2}, {"loss": 0.2}, 2.5)
+            other.rollback()
+            store.put({"n": 2}, {"loss": 0.2}, 2.5)
+    with JobStore(kept) as store:
+        assert len(store) == 2
+
+
+def test_a_full_disk_is_told_and_loses_nothing(kept: Path) -> None:
+    with JobStore(kept) as store:
+        store._db.execute("PRAGMA max_page_count = 4")
+        with _refused(kept, "the disk is full"):
+            store.put({"n": 2}, {"text": "x" * 20_000}, 1.0)
+        assert job_key({"n": 2}) not in store
+    with JobStore(kept) as store:
+        assert store.result(job_key({"n": 1})) == {"loss": 0.1}
+
+
+def test_what_cannot_be_written_is_known_before_the_first_run(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(path: Path, timeout: float) -> sqlite3.Connection:
+        return sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+
+    monkeypatch.setattr(store_module, "sqlite3", SimpleNamespace(**{**vars(sqlite3), "connect": read_only}))
+    with _refused(kept, "it cannot be written"):
+        JobStore(kept)
 
 
 def test_the_file_says_whose_it_is(tmp_path: Path) -> None:

@@ -3,35 +3,38 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_nets import NAMED
-from select_cases import drawn, every_choice, mcunet, on_curve, small
+from select_cases import drawn, every_choice, freezing, mcunet, on_curve, small
 
 from trainlet.autodiff.scheme import resolve, trainable_layers
-from trainlet.errors import OverBudgetError, UsageError
+from trainlet.errors import MismatchError, OverBudgetError, UsageError
 from trainlet.select.baselines import bias_choice, last_choice, may_fit, published_choices
+from trainlet.select.choose import find_selector
 from trainlet.select.cuts import Selector, Step, gap
 from trainlet.select.evolution import Settings, evolution
 from trainlet.select.exact import exact
-from trainlet.select.freeze import freeze
+from trainlet.select.freeze import drop, freeze
 from trainlet.select.limits import AnalyticLimit, PlannedLimit
 from trainlet.select.methods import METHODS, best_over_bits, find_method
-from trainlet.select.problem import RATIOS, Choice, Contributions, Selection
+from trainlet.select.problem import RATIOS, Choice, Contributions, Frozen, Selection, Trained
 
 KIB = 1024
+DEPTHWISE, PROJECT = "block.depthwise", "block.project"
 FEW = Settings(population=24, generations=20, parents=8)
 _GAINS = st.lists(st.integers(-8, 20).map(lambda g: g / 16), min_size=7, max_size=23)
 _SELECTORS: dict[str, Selector] = {
     **METHODS,
     "evolution": partial(evolution, settings=FEW),
-    "freeze by harm": partial(freeze, per_byte=False),
-    "freeze on": partial(freeze, max_drop=0.5),
+    "freeze": partial(freezing, max_drop=None),
+    "freeze on": partial(freezing, max_drop=0.99),
 }
 
 
@@ -66,7 +69,7 @@ def test_where_nothing_fits_all_say_so(method: str) -> None:
 
 def test_an_unknown_method_is_refused() -> None:
     assert find_method("exact") is exact
-    with pytest.raises(UsageError, match="choose one of exact, evolution, freeze, last, bias, published"):
+    with pytest.raises(UsageError, match="choose one of exact, evolution, last, bias, published, freeze"):
         find_method("best")
 
 
@@ -121,63 +124,153 @@ def by_hand(biases: Mapping[int, float], weights: Mapping[str, tuple[float, ...]
     return Contributions("chain", 8, layers, biases, table)
 
 
+LEARNS = by_hand({0: 0.0, 1: 1.0, 2: 1.5, 3: 1.7}, {"stem": (0.9,), DEPTHWISE: (0.2,), PROJECT: (2.1,)})
+
+
 def test_freezing_goes_from_the_least_harmful_on() -> None:
-    c = by_hand({0: 0.0, 1: 1.0, 2: 1.5, 3: 1.7}, {"stem": (0.5, 0.9), "block.project": (2.0, 2.1)})
+    """Accuracies of what is left: 0.90, 0.88, 0.79, 0.77, 0.72, 0.51, 0.41; the first that is not borne ends it."""
     wide = AnalyticLimit(small("chain"), 1 << 20)
-    steps: list[Step] = []
-    drops = {
-        0.0: (3, {"stem": 1.0, "block.project": 1.0}),
-        0.15: (3, {"stem": 1.0, "block.project": 0.5}),
-        0.6: (3, {"stem": 0.5, "block.project": 0.5}),
-        1.1: (3, {"block.project": 0.5}),
-        1.3: (2, {"block.project": 0.5}),
+    ends = {
+        0.0: (3, {"stem", DEPTHWISE, PROJECT}),
+        0.05: (3, {"stem", PROJECT}),
+        0.12: (3, {PROJECT}),
+        0.15: (2, {PROJECT}),
+        0.2: (1, {PROJECT}),
+        0.4: (1, set()),
+        0.5: (0, set()),
     }
-    for drop, (depth, weights) in drops.items():
-        found = freeze(c, wide, max_drop=drop, progress=steps.append)
-        assert (found.choice.depth, dict(found.choice.weights)) == (depth, weights)
-        assert found.choice.value >= 4.7 - drop - 1e-9
-    steps.clear()
-    assert freeze(c, wide, max_drop=100.0, progress=steps.append).choice == Choice(0)
-    assert [s.best for s in steps] == pytest.approx([4.6, 4.2, 3.7, 3.5, 3.0, 1.0, 0.0])
+    for most, (depth, weights) in ends.items():
+        told: list[Frozen] = []
+        found = freezing(LEARNS, wide, most, tell=told.append)
+        assert (found.choice.depth, set(found.choice.weights)) == (depth, weights)
+        assert drop(found.course, found.course[-1].trained) <= most
+        assert found.course == tuple(told)
+        assert (found.course[0].part, found.course[-1].choice) == ("", found.choice)
+    order = ["", f"weights of {DEPTHWISE}", "weights of stem", "biases of stem", f"biases of {DEPTHWISE}"]
+    assert [f.part for f in told] == [*order, f"weights of {PROJECT}", f"biases of {PROJECT}"]
+    assert [f.cost for f in told] == [wide.cost(f.choice) for f in told]
 
 
-def test_what_does_harm_is_frozen_even_where_it_fits() -> None:
-    c = by_hand({0: 0.0, 1: 1.0, 2: 1.5, 3: 1.7}, {"stem": (0.5, -0.9), "block.project": (-2.0, -2.1)})
-    found = freeze(c, AnalyticLimit(small("chain"), 1 << 20))
-    assert (found.choice.depth, dict(found.choice.weights)) == (3, {"stem": 0.5})
+def test_without_a_drop_it_ends_where_it_fits() -> None:
+    for most in (750, 600, 300, 200, 100):
+        limit = AnalyticLimit(small("chain"), most)
+        found = freezing(LEARNS, limit, None)
+        assert found.cost <= most
+        assert all(f.cost > most for f in found.course[:-1])
 
 
-def test_the_limit_comes_before_the_drop() -> None:
-    c = by_hand({0: 0.0, 1: 1.0, 2: 1.5, 3: 1.7}, {"stem": (0.5, 0.9), "block.project": (2.0, 2.1)})
-    limit = AnalyticLimit(small("chain"), 200)
-    found = freeze(c, limit)
-    assert found.cost <= 200
-    assert found.choice.value < 4.7
-
-
-def test_by_byte_a_little_harm_that_saves_much_is_better() -> None:
-    c = on_curve(mcunet(), 18, 20, 22, 24)
-    limit = AnalyticLimit(mcunet(), 100 * KIB)
-    by_byte, plain = (freeze(c, limit, per_byte=b).choice.value for b in (True, False))
-    assert plain < by_byte <= exact(c, limit).choice.value
+def test_what_is_left_is_trained_anew_each_time_and_never_twice() -> None:
+    asked: list[Choice] = []
+    found = freezing(LEARNS, AnalyticLimit(small("chain"), 1 << 20), 0.99, asked=asked)
+    assert found.choice == Choice(0)
+    assert found.evaluations == len(asked) == len({c.key for c in asked})
+    trained = {c.key for c in asked}
+    for before, after in itertools.pairwise(found.course):
+        parts = [{k: r for k, r in before.choice.weights.items() if k != layer} for layer in before.choice.weights]
+        assert all((before.choice.depth, 8, tuple(sorted(w.items()))) in trained for w in parts if w or parts == [{}])
+        assert after.choice.key in trained
 
 
 def test_losses_that_are_measured_decide() -> None:
     """The project's gain was measured as 2, but in fact training the stem is what counts."""
-    c = by_hand({0: 0.0, 3: 1.0}, {"stem": (0.5,), "block.project": (2.0,)})
-    asked: list[Choice] = []
+    c = by_hand({0: 0.0, 3: 1.0}, {"stem": (0.5,), DEPTHWISE: (0.1,), PROJECT: (2.0,)})
 
     def loss(choice: Choice) -> float:
-        asked.append(choice)
-        return 5.0 - 3.0 * ("stem" in choice.weights) - 0.1 * ("block.project" in choice.weights) - (choice.depth > 0)
+        return 5.0 - 3.0 * ("stem" in choice.weights) - 0.1 * (PROJECT in choice.weights) - (choice.depth > 0)
 
+    found = freezing(c, AnalyticLimit(small("chain"), 1 << 20), 0.15, loss=loss)
+    assert set(found.choice.weights) == {"stem"}
+
+
+def test_a_little_harm_that_saves_much_comes_first() -> None:
+    """Both layers are worth the same; the stem's weights keep the image, the larger one."""
+    c = by_hand({0: 0.0, 3: 1.0}, {"stem": (0.5,), DEPTHWISE: (0.5,), PROJECT: (2.0,)})
+    limit = AnalyticLimit(small("chain"), 1 << 20)
+    saved = {
+        k: limit.cost(Choice(3, dict.fromkeys(("stem", DEPTHWISE, PROJECT), 1.0)))
+        - limit.cost(Choice(3, dict.fromkeys({"stem", DEPTHWISE, PROJECT} - {k}, 1.0)))
+        for k in ("stem", DEPTHWISE)
+    }
+    assert saved["stem"] > saved[DEPTHWISE]
+    assert freezing(c, limit, 0.99).course[1].part == "weights of stem"
+
+
+def test_what_was_not_measured_is_the_first_to_go() -> None:
+    c = by_hand({0: 0.0, 1: 1.0, 2: 1.5}, {PROJECT: (2.1,)})
+    found = freezing(c, AnalyticLimit(small("chain"), 1 << 20), 0.01)
+    assert dict(found.course[0].choice.weights) == dict.fromkeys(("stem", DEPTHWISE, PROJECT), 1.0)
+    assert found.course[0].choice.depth == 3, "accuracy is compared with that of training everything"
+    assert found.course[1].part == "what was not measured (2 weights, 1 biases)"
+    assert found.course[1].choice == Choice(2, {PROJECT: 1.0}, value=3.6)
+
+
+def test_what_fits_but_has_fallen_too_far_is_refused_with_the_drop_that_is_enough() -> None:
+    limit = AnalyticLimit(small("chain"), 220)
+    asked: list[Choice] = []
+    again: list[Choice] = []
+    select = partial(freezing, loss=lambda choice: 1.2345 * (5 - choice.value))
+    with pytest.raises(
+        OverBudgetError,
+        match=r"by 0\.1605 to 0\.7372 \(± 0\.0000 over seeds\), more than --max-drop 0\.1; give --max-drop 0\.1605 or",
+    ):
+        select(LEARNS, limit, 0.1, asked=asked)
+    assert select(LEARNS, limit, 0.1605, asked=again).cost <= 220
+    assert {c.key for c in asked} <= {c.key for c in again}, "the same way: nothing that was trained is lost"
+    for few in (0, 0.05, 0.1604):
+        with pytest.raises(OverBudgetError, match=r"give --max-drop 0\.1605 or"):
+            select(LEARNS, limit, few)
+
+
+def test_what_diverges_is_never_chosen() -> None:
     wide = AnalyticLimit(small("chain"), 1 << 20)
-    both = freeze(c, wide, max_drop=0.2, evaluate=loss)
-    assert dict(both.choice.weights) == {"stem": 1.0}
-    assert both.evaluations == len(asked)
-    assert dict(freeze(c, wide, max_drop=0.6).choice.weights) == {"block.project": 1.0}
-    with pytest.raises(ValueError, match="a loss of 0 or more"):
-        freeze(c, wide, max_drop=math.nan)
+
+    def loss(choice: Choice) -> float:
+        return math.inf if "stem" in choice.weights else 5 - choice.value
+
+    for most in (None, 0.0):
+        found = freezing(LEARNS, wide, most, loss=loss)
+        assert set(found.choice.weights) == {DEPTHWISE, PROJECT}
+    with pytest.raises(MismatchError, match="diverges with all that fits"):
+        freezing(LEARNS, wide, None, loss=lambda choice: math.inf)
+
+
+def test_what_the_limit_learns_begins_the_search_again_but_no_run() -> None:
+    class Learns(AnalyticLimit):
+        """Once it knows better, what it took for small enough is not."""
+
+        def confirm(self, choice: Choice) -> bool:
+            if self.cost(choice) > 300:
+                self._most, self.revision = 300, self.revision + 1
+            return self.cost(choice) <= 300
+
+    asked: list[Choice] = []
+    told: list[Frozen] = []
+    found = freezing(LEARNS, Learns(small("chain"), 700), None, asked=asked, tell=told.append)
+    assert found.cost <= 300
+    assert len(asked) == len({c.key for c in asked})
+    assert found.course == tuple(told), "each step is told once"
+    with pytest.raises(OverBudgetError, match=r"give --max-drop (0\.\d+) or") as e:
+        freezing(LEARNS, Learns(small("chain"), 700), 0.01)
+    enough = float(str(e.value).split("give --max-drop ")[1].split()[0])
+    assert freezing(LEARNS, Learns(small("chain"), 700), enough).cost <= 300, "that was said of what is known to fit"
+
+
+@pytest.mark.parametrize("most", [-0.01, 1.0, 5, math.nan, math.inf])
+def test_a_drop_that_is_none_is_refused(most: float) -> None:
+    with pytest.raises(ValueError, match="a share of accuracy"):
+        freezing(LEARNS, AnalyticLimit(small("chain"), 1 << 20), most)
+    with pytest.raises(UsageError, match=r"--max-drop .* such as 0\.01 for one image of a hundred"):
+        find_selector("freeze", most)
+
+
+def test_of_several_widths_that_with_the_lowest_loss_is_taken() -> None:
+    pair = [drawn(small("chain"), [0.5], bits) for bits in (8, 16)]
+
+    def train(choices: Sequence[Choice], left: int) -> list[Trained]:
+        return [Trained(2.0 if c.bits == 8 else 1.0, 0.5, 0.0) for c in choices]
+
+    select = partial(freeze, train=train, max_drop=None, tell=lambda step: None)
+    assert best_over_bits(select, pair, AnalyticLimit(small("chain"), 1 << 20)).choice.bits == 16
 
 
 # --- baselines --------------------------------------------------------------------------------------------------

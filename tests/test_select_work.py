@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
-from select_cases import drawn, small
+from select_cases import drawn, freezing, small
 
 from trainlet.autodiff.scheme import trainable_layers
 from trainlet.errors import OverBudgetError, UsageError
@@ -22,6 +23,7 @@ from trainlet.toolchain.targets import TARGETS, parse_count
 M7 = TARGETS["stm32f746"]
 ROOM = 320 * 1024
 CASES = ("chain", "add_with_activation")
+SELECTORS: dict[str, Selector] = {**METHODS, "freeze": partial(freezing, max_drop=None)}
 
 pytestmark = pytest.mark.usefixtures("tools")
 
@@ -90,7 +92,7 @@ def test_the_head_alone_may_be_too_much(case: tuple[PlannedLimit, Contributions]
     work.most = min(work.measured(Choice(0)), work.biases(0)) - 1
     nothing = replace(c, biases={0: 0.0}, weights={})
     with pytest.raises(OverBudgetError, match=rf"estimated as \d+, and the limit is {work.most}"):
-        METHODS[method](nothing, limit)
+        SELECTORS[method](nothing, limit)
 
 
 def test_widths_have_estimates_of_their_own(case: tuple[PlannedLimit, Contributions]) -> None:

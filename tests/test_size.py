@@ -8,10 +8,10 @@ from graphs import int8_chain
 from random_nets import Case
 from test_exact import difference
 
-from trainlet.attrs import AvgPool
 from trainlet.autodiff.scheme import UpdateScheme
 from trainlet.errors import UsageError
 from trainlet.frontends import at_size, attach_head
+from trainlet.ops import AvgPool
 
 SCHEME = UpdateScheme("chain", ("block.depthwise", "block.project"), {"block.project": 0.5}, 8)
 
@@ -21,7 +21,7 @@ def test_the_pool_pools_all_that_arrives() -> None:
     assert graph.values[graph.inputs[0]].shape == (13, 9, 3)
     (pool,) = graph.find("avg_pool")
     assert isinstance(pool.attrs, AvgPool)
-    assert pool.attrs.kernel == graph.values[pool.inputs[0]].shape[:2] == (6, 4)
+    assert pool.attrs.kernel == graph.values[pool["x"]].shape[:2] == (6, 4)
     assert str(at_size(int8_chain(), 8, 8)) == str(int8_chain())
 
 

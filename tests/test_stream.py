@@ -11,16 +11,17 @@ from hypothesis import HealthCheck, given, settings
 from random_nets import NAMED, PLAIN, Case, Net, cases, full, named_case
 from test_exact import difference
 
-from trainlet.attrs import Stream
 from trainlet.compiler import Compiled, Passes, compile_model
 from trainlet.emit import emit
 from trainlet.errors import UnsupportedError, UsageError
 from trainlet.frontends import graph_file as irfile
+from trainlet.ir import DepthFirst
 from trainlet.ir.graph import Graph
-from trainlet.passes.depth_first import Run, can_be_fed, can_stream, wrap_runs
+from trainlet.ops import Window
+from trainlet.passes.depth_first import Run, can_be_fed, runs_in_rows, wrap_runs
+from trainlet.passes.rings import ring_rows
 from trainlet.plan.arena import feeds, make_plan
-from trainlet.rows import Window, ring_rows
-from trainlet.verify import VerifyError, verify_plan, verify_streams
+from trainlet.verify import VerifyError, verify_depth_first, verify_plan
 
 STEPS = 3
 
@@ -34,10 +35,10 @@ def planned(compiled: Compiled, graph: Graph) -> Compiled:
 
 def all_streamed(case: Case, by_rows: bool, over: bool = True) -> Compiled:
     """Every run of forward nodes that can be one stream is one, whether that pays or not."""
-    flat = compile_model(case.model, case.scheme, Passes(stream=False))
+    flat = compile_model(case.model, case.scheme, passes=Passes(depth_first=False))
     nodes = flat.graph.nodes
     dense = next(i for i, n in enumerate(nodes) if n.op == "dense")
-    stops = [i for i, n in enumerate(nodes[:dense]) if not can_stream(flat.graph, n)]
+    stops = [i for i, n in enumerate(nodes[:dense]) if not runs_in_rows(flat.graph, n)]
     runs = [Run(a + 1, b, over) for a, b in zip([-1, *stops], [*stops, dense], strict=True) if b - a > 1]
     return planned(flat, wrap_runs(flat.graph, runs, by_rows and can_be_fed(flat.graph)))
 
@@ -50,8 +51,8 @@ def all_streamed(case: Case, by_rows: bool, over: bool = True) -> Compiled:
 def test_streams_change_no_byte(name: str, by_rows: bool) -> None:
     case = replace(named_case(name, 12), flags=PLAIN)
     assert difference(case, all_streamed(case, by_rows), STEPS) == ""
-    assert difference(case, compile_model(case.model, case.scheme, Passes(by_rows=by_rows)), STEPS) == ""
-    assert difference(case, compile_model(case.model, case.scheme, Passes(stream=False)), STEPS) == ""
+    assert difference(case, compile_model(case.model, case.scheme, passes=Passes(by_rows=by_rows)), STEPS) == ""
+    assert difference(case, compile_model(case.model, case.scheme, passes=Passes(depth_first=False)), STEPS) == ""
 
 
 @given(case=cases())
@@ -89,8 +90,8 @@ def test_streams_at_odd_sizes(height: int, kernel: int, stride: int, dilation: i
 def test_a_stream_is_never_chosen_for_more_memory(name: str) -> None:
     case = named_case(name)
     bounds = [
-        compile_model(case.model, case.scheme, p).plan.lower_bound
-        for p in (Passes(stream=False), Passes(by_rows=False), Passes())
+        compile_model(case.model, case.scheme, passes=p).plan.lower_bound
+        for p in (Passes(depth_first=False), Passes(by_rows=False), Passes())
     ]
     assert bounds == sorted(bounds, reverse=True)
 
@@ -98,8 +99,8 @@ def test_a_stream_is_never_chosen_for_more_memory(name: str) -> None:
 def test_rings_hold_what_is_needed_and_no_more() -> None:
     """The window of the reader. What a residual adds lies in the middle of the window of the other way."""
     case = tall(31, 7, 2, 1)
-    (node,) = all_streamed(case, by_rows=True).graph.find("stream")
-    assert isinstance(node.attrs, Stream)
+    (node,) = all_streamed(case, by_rows=True).graph.find("depth_first")
+    assert isinstance(node.attrs, DepthFirst)
     rings = dict(node.attrs.rings)
     assert rings["input"] == 3
     assert sorted(rings.values()) == [1, 1, 3, 7, 7]
@@ -107,22 +108,22 @@ def test_rings_hold_what_is_needed_and_no_more() -> None:
 
 def shortened(graph: Graph, *values: str) -> Graph:
     """The same graph with a row less in some rings of its only stream."""
-    (node,) = graph.find("stream")
+    (node,) = graph.find("depth_first")
     a = node.attrs
-    assert isinstance(a, Stream)
+    assert isinstance(a, DepthFirst)
     rings = tuple((v, r - (v in values)) for v, r in a.rings)
     return graph.with_nodes([replace(n, attrs=replace(a, rings=rings)) if n is node else n for n in graph.nodes])
 
 
 def test_a_ring_that_is_a_row_short_is_caught() -> None:
     graph = all_streamed(tall(31, 7, 2, 1), by_rows=True).graph
-    (node,) = graph.find("stream")
-    assert isinstance(node.attrs, Stream)
+    (node,) = graph.find("depth_first")
+    assert isinstance(node.attrs, DepthFirst)
     long = [v for v, r in node.attrs.rings if r > 1]
     assert len(long) > 2
     for v in long:
         with pytest.raises(VerifyError, match="no longer in its ring"):
-            verify_streams(shortened(graph, v))
+            verify_depth_first(shortened(graph, v))
 
 
 def test_the_c_needs_every_row_of_its_rings() -> None:
@@ -130,13 +131,13 @@ def test_the_c_needs_every_row_of_its_rings() -> None:
     case = tall(31, 7, 2, 1)
     compiled = all_streamed(case, by_rows=True)
     depthwise = compiled.graph.flat().node("conv.1")
-    short = shortened(compiled.graph, depthwise.inputs[0])
+    short = shortened(compiled.graph, depthwise["x"])
     assert difference(case, planned(compiled, short), STEPS) != ""
 
 
 def test_the_image_is_not_kept_when_it_comes_by_rows() -> None:
     case = tall(33, 3, 1, 1)
-    rows, image = (compile_model(case.model, case.scheme, Passes(by_rows=b)) for b in (True, False))
+    rows, image = (compile_model(case.model, case.scheme, passes=Passes(by_rows=b)) for b in (True, False))
     assert feeds(rows.graph) is not None
     assert feeds(image.graph) is None
     assert rows.plan.sizes["input"] < 4 * 5 * 3 + 4
@@ -150,8 +151,8 @@ def test_windows() -> None:
 
 def test_rings_of_a_chain_without_an_image() -> None:
     case = tall(31, 3, 1, 1)
-    graph = compile_model(case.model, case.scheme, Passes(stream=False)).graph
-    nodes = [n for n in graph.nodes if can_stream(graph, n)]
+    graph = compile_model(case.model, case.scheme, passes=Passes(depth_first=False)).graph
+    nodes = [n for n in graph.nodes if runs_in_rows(graph, n)]
     rows, fed = ring_rows(nodes, graph.values), ring_rows(nodes, graph.values, "input")
     assert rows == {k: v for k, v in fed.items() if k != "input"}
 

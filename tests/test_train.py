@@ -9,138 +9,30 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fake_run import META, FakeSession, interrupt, make_dataset, run
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import save as save_tensors
 
 from trainlet.errors import MismatchError, UsageError
-from trainlet.ir import Image
-from trainlet.session import StepInfo
 from trainlet.train import statefile
-from trainlet.train.data import Dataset, Draw, Transform, load_data
-from trainlet.train.loop import (
-    CHECKPOINT_FILE,
-    METRICS_FILE,
-    STATE_FILE,
-    Interrupted,
-    Run,
-    TrainConfig,
-    epoch_order,
-    evaluate,
-    learning_rate,
-)
-from trainlet.train.statefile import StateMeta, TrainedState, state_sha256
-
-SHAPE = (4, 4, 3)
-CLASSES = 3
-META = StateMeta("tiny", "ab" * 32, '{"name": "head", "bits": 8}', ("a", "b", "c"), 8, "crop")
-
-
-class FakeSession:
-    """Softmax regression on the pixels. Its updates carry noise from (seed, step), like the real ones, so any step that
-    is left out, done twice or moved changes the bytes."""
-
-    def __init__(self, prefix: bool = True) -> None:
-        self.arena_bytes = 100
-        self.state_bytes = 20
-        self.classes = CLASSES
-        self.model_hash = META.model_hash
-        self.calls: list[str] = []
-        self.steps: list[tuple[bytes, int, float]] = []
-        self.before_step: Callable[[int], None] = lambda step: None
-        self._has_prefix = prefix
-
-    def reset(self, seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        self._w = rng.standard_normal((CLASSES, math.prod(SHAPE))).astype(np.float32) * np.float32(0.01)
-        self._seed, self._step = seed, 0
-
-    def infer(self, image: Image) -> NDArray[np.float32]:
-        self.calls.append("infer")
-        return self._logits(image)
-
-    def _logits(self, image: Image) -> NDArray[np.float32]:
-        found: NDArray[np.float32] = (self._w @ (image.reshape(-1).astype(np.float32) / 128)).astype(np.float32)
-        return found
-
-    def train_step(self, image: Image, label: int, lr: float) -> StepInfo:
-        self.calls.append("train")
-        return self._train(image, label, lr)
-
-    def _train(self, image: Image, label: int, lr: float) -> StepInfo:
-        self.before_step(self._step)
-        self.steps.append((image.tobytes(), label, lr))
-        z = self._logits(image).astype(np.float64)
-        p = np.exp(z - z.max())
-        p /= p.sum()
-        g = p - np.eye(CLASSES)[label]
-        noise = np.random.default_rng([self._seed, self._step]).standard_normal(self._w.shape) * 1e-4
-        self._w = (self._w - lr * np.outer(g, image.reshape(-1) / 128) + noise).astype(np.float32)
-        self._step += 1
-        return StepInfo(float(-math.log(p[label])), int(z.argmax()), 0.25)
-
-    def prefix(self, image: Image) -> bytes:
-        self.calls.append("prefix")
-        return image.tobytes() if self._has_prefix else b""
-
-    def infer_cached(self, prefix: bytes) -> NDArray[np.float32]:
-        self.calls.append("infer_cached")
-        return self._logits(np.frombuffer(prefix, np.int8))
-
-    def train_step_cached(self, prefix: bytes, label: int, lr: float) -> StepInfo:
-        self.calls.append("train_cached")
-        return self._train(np.frombuffer(prefix, np.int8), label, lr)
-
-    def state(self) -> dict[str, NDArray[np.generic]]:
-        return {
-            "head.weight": self._w,
-            "rho": np.zeros(0, np.int8),
-            "seed": np.array(self._seed, np.uint32),
-            "step": np.array(self._step, np.uint32),
-        }
-
-    def load_state(self, state: Mapping[str, NDArray[np.generic]]) -> None:
-        if state["head.weight"].shape != (CLASSES, math.prod(SHAPE)):
-            raise UsageError("head.weight: another shape")
-        self._w = state["head.weight"].astype(np.float32)
-        self._seed, self._step = int(state["seed"]), int(state["step"])
+from trainlet.train.data import Dataset, Draw
+from trainlet.train.loop import TrainConfig, epoch_order, evaluate, learning_rate
+from trainlet.train.run import CHECKPOINT_FILE, METRICS_FILE, STATE_FILE, Run
+from trainlet.train.statefile import TrainedState, state_sha256
+from trainlet.train.stop import Interrupted
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """30 + 12 images whose class is their brightest channel."""
-    rng = np.random.default_rng(0)
-    y = np.arange(42) % CLASSES
-    x = rng.integers(0, 180, (42, *SHAPE))
-    x[np.arange(42), :, :, y] += 70
-    path = tmp_path_factory.mktemp("data") / "set.npz"
-    names = np.array(["a", "b", "c"])
-    np.savez(
-        path,
-        x_train=x[:30].astype(np.uint8),
-        y_train=y[:30],
-        x_val=x[30:].astype(np.uint8),
-        y_val=y[30:],
-        classes=names,
-    )
-    return load_data(path, Transform(SHAPE, "crop", ("flip",)))
-
-
-def run(
-    dataset: Dataset, out: Path, session: FakeSession | None = None, *, meta: StateMeta = META, resume: bool = False,
-    overwrite: bool = False, **config: Any,
-) -> dict[str, Any]:  # fmt: skip
-    settings = {"epochs": 3, "lr": 0.05, "seed": 7} | config
-    mine = Run(session or FakeSession(), dataset, TrainConfig(**settings), out, meta, facts={"extra": 1})
-    return mine.start(resume=resume, overwrite=overwrite)
+    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 # --- schedule and order -------------------------------------------------------------------------------------
@@ -246,10 +138,11 @@ def test_the_prefix_is_computed_once_an_image(dataset: Dataset, tmp_path: Path) 
     assert [r["cache_bytes"] for r in results] == [42 * 48, 0, 15 * 48, 0]
     counts = [tuple(s.calls.count(c) for c in ("prefix", "train_cached", "infer_cached", "train", "infer"))
               for s in (cached, plain, small, none)]  # fmt: skip
-    assert counts[0] == (42, 90, 36, 0, 0)
-    assert counts[1] == (0, 0, 0, 90, 36)
-    assert counts[2] == (15, 45, 0, 45, 36)
-    assert counts[3] == (1, 0, 0, 90, 36)
+    look = 30  # images before the first step
+    assert counts[0] == (42, 90, 36 + look, 0, 0)
+    assert counts[1] == (0, 0, 0, 90, 36 + look)
+    assert counts[2] == (15, 45, 15, 45, 36 + look - 15)
+    assert counts[3] == (1, 0, 0, 90, 36 + look)
 
 
 def test_augmented_images_pass_by_the_cache(dataset: Dataset, tmp_path: Path) -> None:
@@ -307,10 +200,6 @@ def test_a_step_that_is_refused_names_image_and_step(dataset: Dataset, tmp_path:
 
 
 # --- interruption and resume --------------------------------------------------------------------------------
-
-
-def interrupt(session: FakeSession, at: int, number: signal.Signals = signal.SIGINT) -> None:
-    session.before_step = lambda step: signal.raise_signal(number) if step == at else None
 
 
 @pytest.mark.parametrize("at", [0, 1, 17, 29, 30, 58, 89])
@@ -379,7 +268,7 @@ def test_resume_after_a_crash_goes_back_to_the_last_checkpoint(dataset: Dataset,
 def test_an_interruption_while_validating(dataset: Dataset, tmp_path: Path) -> None:
     class Signalling(FakeSession):
         def infer_cached(self, prefix: bytes) -> NDArray[np.float32]:
-            if self.calls.count("infer_cached") == 15:
+            if self.calls.count("infer_cached") == 30 + 15:
                 signal.raise_signal(signal.SIGINT)
             return super().infer_cached(prefix)
 
@@ -468,8 +357,7 @@ def test_an_unfinished_run_is_not_lost_by_accident(dataset: Dataset, tmp_path: P
         UsageError, match=r"stopped after 1 of 3 epochs; go on with --resume, discard it with --overwrite"
     ):
         run(dataset, tmp_path)
-    run(dataset, tmp_path, overwrite=True)
-    run(dataset, tmp_path, epochs=1)  # a finished one gives way to the next
+    run(dataset, tmp_path, epochs=1, overwrite=True)
     assert len(metrics(tmp_path)) == 2
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from graphs import float_chain, int8_chain, train_tail
 
-from trainlet.attrs import Add, Attrs, SelectChannels
 from trainlet.errors import UnsupportedError
-from trainlet.ir.graph import Array, Graph, Kind, QParams, Stage
+from trainlet.ir import Array, Attrs, Graph, Interface, Kind, Operands, QParams, Stage
+from trainlet.ops import Add, SelectChannels
 from trainlet.verify import VerifyError, verify_graph, verify_plan
 
 # --- graphs -------------------------------------------------------------------------------------------------
@@ -25,9 +25,25 @@ def test_valid_graphs_pass(make: Callable[[], Graph]) -> None:
 
 
 def _node(graph: Graph, name: str, /, **change: Any) -> Graph:
-    """``graph`` with fields of one node replaced."""
-    assert any(n.name == name for n in graph.nodes)
+    """``graph`` with fields of one node replaced; ``inputs`` and ``writes`` by position, behind the operands it has."""
+    node = graph.node(name)
+    for field, given in (("operands", "inputs"), ("stores", "writes")):
+        if given in change:
+            names = dict(zip(getattr(node, field), change.pop(given), strict=False))
+            change[field] = Operands(**names)
     return replace(graph, nodes=tuple(replace(n, **change) if n.name == name else n for n in graph.nodes))
+
+
+def _operands(graph: Graph, name: str, /, **operands: str | tuple[str, ...]) -> Graph:
+    return _node(graph, name, operands=Operands(**operands))
+
+
+def _twice_entered() -> Graph:
+    entry = TR.node("pool.enter")
+    again = replace(entry, name="again", outputs=("r.again",), attrs=replace(entry.attrs, site=999))  # type: ignore[type-var]
+    at = TR.nodes.index(entry) + 1
+    values = {**TR.values, "r.again": replace(TR.values["r"], name="r.again", exponent=7)}
+    return replace(TR, nodes=(*TR.nodes[:at], again, *TR.nodes[at:]), values=values)
 
 
 def _attrs(graph: Graph, name: str, **change: Any) -> Graph:
@@ -62,7 +78,7 @@ def _outputs(graph: Graph, result: str, /, **outputs: str) -> Graph:
     """``graph`` with other outputs of itself and of some nodes; values that nothing names are dropped."""
     for name, text in outputs.items():
         graph = _node(graph, name, outputs=tuple(text.split()))
-    return replace(graph, outputs=(result,)).with_nodes(graph.nodes)
+    return graph.with_interface(outputs=(result,)).with_nodes(graph.nodes)
 
 
 def _deadly(graph: Graph) -> Graph:
@@ -87,12 +103,12 @@ FAULTS: dict[str, tuple[Graph, str, str]] = {
     "made twice": (_node(I8, "conv.2", outputs=("conv.1.y",)), "'conv.2'", "is made by no other node"),
     "made by nobody": (replace(I8, nodes=I8.nodes[:-1]), "'logits'", "made by a node"),
     "output that is a constant": (_node(I8, "head", outputs=("head.bias",)), "'head'", "is an activation"),
-    "graph without outputs": (replace(I8, outputs=()), "'int8_chain'", "at least one output"),
-    "output that does not exist": (replace(I8, outputs=("ghost",)), "'int8_chain'", "'ghost' is a value"),
-    "output listed twice": (replace(I8, outputs=("logits", "logits")), "'int8_chain'", "listed once"),
-    "input listed twice": (replace(I8, inputs=("input", "input")), "'int8_chain'", "listed once"),
-    "output that no node makes": (replace(I8, outputs=("input",)), "'input'", "made by a node"),
-    "input that is not listed": (replace(I8, inputs=()), "'input'", "only inputs are"),
+    "graph without outputs": (I8.with_interface(outputs=()), "'int8_chain'", "at least one output"),
+    "output that does not exist": (I8.with_interface(outputs=("ghost",)), "'int8_chain'", "'ghost' is a value"),
+    "output listed twice": (I8.with_interface(outputs=("logits", "logits")), "'int8_chain'", "listed once"),
+    "input listed twice": (I8.with_interface(inputs=("input", "input")), "'int8_chain'", "listed once"),
+    "output that no node makes": (I8.with_interface(outputs=("input",)), "'input'", "made by a node"),
+    "input that is not listed": (I8.with_interface(inputs=()), "'input'", "only inputs are"),
     # states
     "write to a constant": (_node(TR, "conv.0.sgd", writes=("conv.0.scale",)), "'conv.0.sgd'", "writes only states"),
     "two writers": (
@@ -101,16 +117,16 @@ FAULTS: dict[str, tuple[Graph, str, str]] = {
         "'conv.0.sgd' writes it too",
     ),
     "gradient with the weights after their update": (
-        _order(_order(TR, "head.sgd", "head.dx"), "pool.dx", "head.sgd"),
-        "'pool.dx'",
+        _order(_order(TR, "head.sgd", "head.dx"), "pool.enter", "head.sgd"),
+        "'pool.enter'",
         "'gf' is made by an earlier node",
     ),
     "reader after the writer": (
-        _node(TR, "conv.0.db", inputs=("r", "head.bias")),
+        _operands(TR, "conv.0.db", g="head.bias"),
         "'conv.0.db'",
         "reads 'head.bias' before it is written, but 'head.sgd' has",
     ),
-    "refusal after a write": (_order(TR, "head.sgd", "pool.dx"), "'pool.dx'", "may refuse the step"),
+    "refusal after a write": (_order(TR, "head.sgd", "pool.enter"), "'pool.enter'", "may refuse the step"),
     # shapes and dtypes
     "wrong shape": (_value(I8, "conv.1.y", shape=(4, 4, 7)), "'conv.1'", "has the shape (4, 4, 6), not (4, 4, 7)"),
     "wrong dtype": (_value(I8, "logits", dtype="s32"), "'head'", "'logits' is f32, not s32"),
@@ -119,9 +135,17 @@ FAULTS: dict[str, tuple[Graph, str, str]] = {
     "dimension of 0": (_value(I8, "logits", shape=(0,)), "'logits'", "at least 1"),
     "too many rows": (_value(I8, "input", shape=(65536, 1, 1)), "'input'", "at most 65535"),
     "rule of the operator": (_attrs(I8, "conv.0", stride=(0, 1)), "'conv.0'", "at least 1"),
-    "no inputs": (_node(I8, "conv.0", inputs=()), "'conv.0'", "number and rank of its inputs"),
+    "no inputs": (_node(I8, "conv.0", inputs=()), "'conv.0'", "its operand 'x' is missing"),
+    "operand of another operator": (_operands(I8, "pool", a="add.0.y"), "'pool'", "no operand 'a'; its operands are x"),
+    "two values where one stands": (_operands(I8, "pool", x=("add.0.y", "input")), "'pool'", "is one value, not 2"),
+    "operands in another order": (_operands(I8, "add.0", b="conv.2.y", a="conv.0.y"), "'add.0'", "in the order a, b"),
+    "state of another operator": (
+        _node(TR, "conv.0.sgd", stores=Operands(rho="conv.0.trained")),
+        "'conv.0.sgd'",
+        "has no state 'rho'",
+    ),
     "input of another rank": (_node(I8, "conv.0", inputs=("input", *["head.bias"] * 3)), "'conv.0'", "weight is"),
-    "too few outputs": (_outputs(TR, "logits", loss="g"), "'loss'", "has 2 outputs, not 1"),
+    "too few outputs": (_outputs(TR.with_interface(losses=()), "logits", loss="g"), "'loss'", "has 2 outputs, not 1"),
     "too many outputs": (_outputs(I8, "pool.y", pool="pool.y logits", head=""), "'pool'", "has 1 outputs, not 2"),
     # data
     "constant without data": (_data(I8, "conv.0.weight", None), "'conv.0.weight'", "has data"),
@@ -159,14 +183,15 @@ FAULTS: dict[str, tuple[Graph, str, str]] = {
     "bits that are a tensor": (_node(TR, "r.mask", inputs=("r", "conv.0.y")), "'r.mask'", "b1 exactly where"),
     "tensor that is bits": (_attrs(TR, "r.mask", source="value"), "'r.mask'", "b1 exactly where"),
     # gradients
-    "gradient without an exponent": (_value(TR, "r", exponent=None), "'pool.dx'", "'r' has an exponent slot"),
+    "gradient without an exponent": (_value(TR, "r", exponent=None), "'pool.enter'", "'r' has an exponent slot"),
     "sums with another exponent": (_value(TR, "db", exponent=1), "'conv.0.db'", "slot of 'r.masked', 0, not 1"),
     "masked gradient with another exponent": (_value(TR, "r.masked", exponent=1), "'r.mask'", "slot of 'r', 0, not 1"),
     "exponent of a real": (_value(TR, "gf", exponent=1), "'gf'", "only s8 and s32"),
     "negative exponent slot": (_value(TR, "r", exponent=-1), "'r'", "not negative"),
-    "stream used twice": (_attrs(TR, "conv.0.sgd_bias", stream=1), "'conv.0.sgd_bias'", "'conv.0.sgd' has 1 too"),
-    "stream of the head": (_attrs(TR, "conv.0.sgd_bias", stream=2**32 - 1), "'conv.0.sgd_bias'", "32-bit number"),
+    "site used twice": (_attrs(TR, "conv.0.sgd_bias", site=32), "'conv.0.sgd_bias'", "'conv.0.sgd' has 32 too"),
+    "site of the head": (_attrs(TR, "conv.0.sgd_bias", site=2**32 - 1), "'conv.0.sgd_bias'", "32-bit number"),
     "groups that do not divide": (_node(TR, "keep", attrs=SelectChannels(3)), "'keep'", "(2, 2, 6)"),
+    "two entries": (_twice_entered(), "'again'", "the one place where gradients enter"),
 }  # fmt: skip
 
 
@@ -208,8 +233,8 @@ def _wide_convolution(c: int) -> Graph:
             _value(graph, name, shape=(1,), kind=Kind.CONST), name, TR.data.get(name, np.zeros(5, np.int32))[:1]
         )
     node = graph.node("conv.0")
-    graph = replace(graph, outputs=("conv.0.y",), inputs=("input",), stage=Stage.INT8)
-    return graph.with_nodes([replace(node, inputs=node.inputs[:4])])
+    graph = replace(graph, interface=Interface(("input",), ("conv.0.y",)), stage=Stage.INT8)
+    return graph.with_nodes([node.reading(trained=None, channels=None)])
 
 
 # --- plans --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@
 #define INT8_CHAIN_ARENA_BYTES 1044u /* all activations, gradients and scratch of a step */
 #define INT8_CHAIN_STATE_BYTES 280u /* trained parameters; keep it, or save it, between steps */
 #define INT8_CHAIN_BLOB_BYTES (TL_BLOB_HEADER + INT8_CHAIN_STATE_BYTES)
-#define INT8_CHAIN_MODEL_HASH 0xca91a94fu
+#define INT8_CHAIN_MODEL_HASH 0x2b3c62d0u
 
 typedef struct {
     tl_context base;

@@ -328,8 +328,8 @@ def models(flags: Sequence[str]) -> list[Model]:
     """Four, of one and of several layers, with 8, 12 and 16 bits."""
     found = []
     for compiled in _compiled():
-        h, w, c = compiled.graph.values[compiled.graph.inputs[0]].shape
-        classes = next(compiled.graph.values[n.outputs[0]].size for n in compiled.graph.find("dense"))
+        h, w, c = compiled.graph.image.shape
+        classes = compiled.graph.values[compiled.graph.outputs[0]].size
         model = with_library(Model(compiled, Path(), (h, w, c), classes, b""), flags)
         fresh = Caller(model, random.Random(0))
         found.append(replace(model, after_a_step=one_step(fresh, fresh.held)))

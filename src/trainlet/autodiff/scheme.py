@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
@@ -22,10 +22,11 @@ from typing import Any, Final, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from trainlet.attrs import Conv2d
 from trainlet.errors import UsageError
-from trainlet.frontends.common import feature_pool, trunk
-from trainlet.ir.graph import Graph, Node
+from trainlet.frontends.common import features, trunk
+from trainlet.ir import Graph, Node
+from trainlet.ops import OPS, Conv2d, No
+from trainlet.ops.roles import is_trainable, trains
 
 FORMAT: Final = "trainlet.scheme"
 VERSION: Final = 1
@@ -66,6 +67,10 @@ class UpdateScheme:
         """Bits behind the int8 of a trained weight: 0, 4 or 8."""
         return FRACTION_BITS[self.bits]
 
+    def trains(self, operand: str) -> Collection[str]:
+        """The layers whose parameter of that name trains: ``bias`` or ``weight``."""
+        return {"bias": self.biases, "weight": self.weights}.get(operand, ())
+
     def to_json(self) -> str:
         """The scheme as a JSON document that ``from_json`` reads."""
         content = (FORMAT, VERSION, self.name, self.bits, list(self.biases), dict(self.weights))
@@ -103,17 +108,21 @@ def _hint(word: str, words: Iterable[str]) -> str:
 
 
 def trainable_layers(graph: Graph) -> dict[str, Node]:
-    """The convolutions before the pooled features, by layer, in order: those a scheme may name."""
-    convs = [n for n in trunk(graph) if n.op == "conv2d"]
-    layers = {n.layer: n for n in convs}
-    if len(layers) < len(convs):
-        raise ValueError(f"{graph.name}: a front end gave two convolutions the same layer name")
+    """The nodes with parameters before the features, by layer, in order: those a scheme may name."""
+    found = [n for n in trunk(graph) if is_trainable(n)]
+    layers = {n.layer: n for n in found}
+    if len(layers) < len(found):
+        raise ValueError(f"{graph.name}: a front end gave two trainable nodes the same layer name")
     return layers
 
 
-def _conv(node: Node) -> Conv2d:
-    assert isinstance(node.attrs, Conv2d)
-    return node.attrs
+def weight_axis(node: Node) -> int:
+    """The axis of a trainable node's weight along which a ratio selects channels. UsageError where none can be
+    selected."""
+    rule = next((p.channels for p in OPS[node.op].params if p.operand == "weight"), No("it has no weight"))
+    if isinstance(rule, No):
+        raise UsageError(f"{node.layer}: no share of its weights can train, since {rule.why}; leave them out")
+    return rule.axis(node.attrs)
 
 
 def _unknown(scheme: str, layer: str, graph: Graph, layers: Mapping[str, Node]) -> UsageError:
@@ -123,26 +132,28 @@ def _unknown(scheme: str, layer: str, graph: Graph, layers: Mapping[str, Node]) 
         return UsageError(f"{where}: the head always trains and takes the classifier's place; leave it out")
     other = next((n for n in graph.nodes if n.layer == layer), None)
     if other is not None:
-        return UsageError(f"{where}: this is no convolution ({other.op}) and has nothing to train; leave it out")
+        return UsageError(f"{where}: this layer ({other.op}) has nothing that a scheme can train; leave it out")
     by_node = {n.name: n.layer for n in layers.values()}
     names = (*layers,) or ("none",)
     hint = f" (did you mean {by_node[layer]}?)" if layer in by_node else _hint(layer, layers)
     return UsageError(
-        f"{where}: {graph.name} has no such layer{hint}; its {len(layers)} convolutions go from "
+        f"{where}: {graph.name} has no such layer{hint}; its {len(layers)} trainable layers go from "
         f"{names[0]} to {names[-1]}"
     )
 
 
 def check_scheme(scheme: UpdateScheme, graph: Graph) -> UpdateScheme:
     """The same scheme with its layers in the order of ``graph``. Raises UsageError naming the first layer that the
-    graph does not have, that is no convolution, or whose ratio selects no channel."""
+    graph does not have, that has nothing to train, or whose ratio selects no channel."""
     layers = trainable_layers(graph)
-    for layer in (*scheme.biases, *scheme.weights):
-        if layer not in layers:
-            raise _unknown(scheme.name, layer, graph, layers)
+    for operand in ("bias", "weight"):
+        for layer in scheme.trains(operand):
+            if layer not in layers or not trains(layers[layer], operand):
+                raise _unknown(scheme.name, layer, graph, layers)
     for layer, ratio in scheme.weights.items():
         node = layers[layer]
-        _count(graph.values[node.inputs[1]].shape, ratio, _conv(node).depthwise, f"scheme {scheme.name!r}: {layer}")
+        channels = graph.values[node["weight"]].shape[weight_axis(node)]
+        _count(channels, ratio, f"scheme {scheme.name!r}: {layer}")
     return replace(
         scheme,
         biases=tuple(k for k in layers if k in scheme.biases),
@@ -153,9 +164,8 @@ def check_scheme(scheme: UpdateScheme, graph: Graph) -> UpdateScheme:
 # --- channels -----------------------------------------------------------------------------------------------
 
 
-def _count(shape: tuple[int, ...], ratio: float, depthwise: bool, layer: str) -> int:
-    """How many channels ``ratio`` selects: floor(ratio C_in/groups), of a depthwise layer floor(ratio C)."""
-    channels = shape[0] if depthwise else shape[-1]
+def _count(channels: int, ratio: float, layer: str) -> int:
+    """How many of so many channels ``ratio`` selects, rounded down."""
     if not 0 < ratio <= 1:
         raise UsageError(
             f"{layer}: ratio {ratio:g} is not above 0 and at most 1; leave out a layer that does not train"
@@ -174,13 +184,13 @@ def _count(shape: tuple[int, ...], ratio: float, depthwise: bool, layer: str) ->
 
 
 def selected_channels(
-    weight: NDArray[np.generic], ratio: float, depthwise: bool, layer: str = "weight"
+    weight: NDArray[np.generic], ratio: float, *, axis: int, layer: str = "weight"
 ) -> NDArray[np.uint16]:
-    """The input channels of a layer whose weights train, ascending: those with the largest sum of squares of the int8
-    ``weight`` (C_out, kh, kw, C_in/groups), or (C, kh, kw, 1) where ``depthwise``; ties go to the lower index. The same
-    ones apply in every group. ``layer`` is for the UsageError where ``ratio`` selects nothing."""
-    count = _count(weight.shape, ratio, depthwise, layer)
-    axes = (1, 2, 3) if depthwise else (0, 1, 2)
+    """The channels along ``axis`` of an int8 ``weight`` that train, ascending: those with the largest sum of squares;
+    ties go to the lower index. The same ones apply in every group. ``layer`` is for the UsageError where ``ratio``
+    selects nothing."""
+    count = _count(weight.shape[axis], ratio, layer)
+    axes = tuple(a for a in range(weight.ndim) if a != axis % weight.ndim)
     wide = weight.astype(np.int64 if weight.dtype.kind == "i" else np.float64)
     squares = np.square(wide).sum(axis=axes)
     best = np.argsort(-squares, kind="stable")[:count]
@@ -199,30 +209,28 @@ def extra_memory_bytes(graph: Graph, scheme: UpdateScheme) -> int:
 def extra_memory_bits(graph: Graph, scheme: UpdateScheme) -> int:
     """``extra_memory_bytes`` in bits: a sum over layers, each of which counts by itself."""
     scheme = check_scheme(scheme, graph)
-    bits = 8 * graph.values[feature_pool(graph).outputs[0]].size
+    bits = 8 * graph.values[features(graph)].size
     reached: set[str] = set()  # values behind a trained layer: gradients flow through what makes them
     for node in trunk(graph):
-        conv = node.op == "conv2d"
-        trains = conv and (node.layer in scheme.biases or node.layer in scheme.weights)
-        if not trains and reached.isdisjoint(node.inputs):
+        trained = node.layer in scheme.biases or node.layer in scheme.weights
+        if not trained and reached.isdisjoint(node.inputs):
             continue
         reached.update(node.outputs)
-        if conv:
+        if is_trainable(node):
             bits += _layer_bits(graph, node, scheme)
     return bits
 
 
 def _layer_bits(graph: Graph, node: Node, scheme: UpdateScheme) -> int:
-    x, w = graph.values[node.inputs[0]], graph.values[node.inputs[1]]
-    y, a = graph.values[node.outputs[0]], _conv(node)
+    x, w, y = graph.values[node["x"]], graph.values[node["weight"]], graph.values[node.output]
     bits = y.size
     if node.layer in scheme.biases:
-        bits += 32 * w.shape[0]
+        bits += 32 * graph.values[node["bias"]].size
     if node.layer in scheme.weights:
-        count = _count(w.shape, scheme.weights[node.layer], a.depthwise, node.layer)
-        columns = w.size // (w.shape[0] if a.depthwise else w.shape[-1])  # weights per selected channel
-        kept = count if a.depthwise else count * a.groups
-        bits += 8 * x.shape[0] * x.shape[1] * kept + scheme.bits * columns * count
+        axis = weight_axis(node)
+        count = _count(w.shape[axis], scheme.weights[node.layer], node.layer)
+        kept = x.shape[2] * count // w.shape[axis]  # channels, over all groups
+        bits += 8 * x.shape[0] * x.shape[1] * kept + scheme.bits * (w.size // w.shape[axis]) * count
     return bits
 
 
@@ -259,9 +267,9 @@ def structure_hash(graph: Graph) -> str:
     """A short hash of the shapes of all convolutions, kernels, strides and groups included, names and weights not: a
     published model is recognized by it also under another file name or fine-tuned."""
     rows = [
-        (graph.values[n.outputs[0]].shape, graph.values[n.inputs[1]].shape, a.stride, a.pads, a.dilation, a.groups)
+        (graph.values[n.output].shape, graph.values[n["weight"]].shape, a.stride, a.pads, a.dilation, a.groups)
         for n in trainable_layers(graph).values()
-        for a in (_conv(n),)
+        if isinstance(a := n.attrs, Conv2d)
     ]
     return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
 

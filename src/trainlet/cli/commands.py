@@ -7,16 +7,17 @@ import functools
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from trainlet._version import __version__
 from trainlet.cli.output import Report, RichProgress, Table, grouped, size
-from trainlet.errors import ToolMissingError, UnsupportedError, UsageError
+from trainlet.errors import OverBudgetError, ToolMissingError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from trainlet.cli.prepare import Prepared
+    from trainlet.compiler import Passes
     from trainlet.session import Session
     from trainlet.toolchain.targets import Target
     from trainlet.train.data import Dataset
@@ -26,6 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Trains int8 neural networks on microcontrollers: compiles a training step to C, and runs that C here.",
 )
+
+
+MAX_SIDE: Final = 4096  # pixels: an image of that size alone has 48 MiB
 
 
 class StoppedError(Exception):
@@ -66,10 +70,19 @@ Model = Annotated[Path, typer.Option(help="Model file: a published checkpoint (.
 Scheme = Annotated[str, typer.Option(help="What trains: 99kb, head, bias:K, last:K, full, or a JSON file.")]
 Classes = Annotated[int, typer.Option(help="Number of classes of the new head.")]
 Bits = Annotated[int | None, typer.Option(help="Width of a trained weight: 8 (default), 12 or 16.")]
-Sram = Annotated[str | None, typer.Option(help="Refuse a plan above this, such as 256K: arena and state together.")]
+Sram = Annotated[
+    str | None,
+    typer.Option(help="All SRAM, such as 256K, stack included; arena and state alone without a chip."),
+]
 Input = Annotated[
     str,
     typer.Option("--input", help="How the image comes: by rows, and is never kept whole, or as an image in the arena."),
+]
+Without = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--without", help="Switch a pass off: fuse, reorder, inplace, depth_first or by_rows. Give it once for each."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
 Data = Annotated[Path, typer.Option(help="Folder with {train,val}/CLASS/*.jpg, or an .npz of arrays.")]
@@ -91,12 +104,13 @@ def import_(
     """Read a model file and say what is in it."""
     from trainlet.cli.prepare import load_model, prepare_out, summary
     from trainlet.frontends import graph_file as irfile
+    from trainlet.names import file_name
 
     graph = load_model(file)
     data = summary(graph)
     lines = []
     if out is not None:
-        path = prepare_out(out) / f"{graph.name}.json"
+        path = prepare_out(out) / f"{file_name(graph.name)}.json"
         irfile.save(graph, path)
         data["graph"] = str(path)
         lines.append(f"wrote {path} and {path.with_suffix('.safetensors').name} beside it")
@@ -113,65 +127,91 @@ def compile_(
     out: Annotated[Path, typer.Option(help="Folder for the C; it is made if need be.")],
     bits: Bits = None,
     input: Input = "rows",
+    without: Without = None,
     target: Annotated[
         str | None, typer.Option("--target", help="A chip that it is to be built for; `trainlet targets` lists them.")
     ] = None,
     sram: Sram = None,
     flash: Flash = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Lose what was changed of the files of an earlier compile in --out.")
+    ] = False,
     json: Json = False,
 ) -> Report:
-    """Write the C of inference and training, ready to build here or for a chip."""
-    from trainlet.cli.prepare import check_sram, choose_target, prepare_out
+    """Write the C of inference and training, ready to build here or for a chip.
+
+    The folder of an earlier compile is written anew. What you changed of its README and examples is kept, as are files
+    of yours; it refuses where others of its files were changed, and any folder that it did not write."""
+    from trainlet.cli.prepare import check_sram, choose_target, find_passes, prepare_out
+    from trainlet.toolchain.folder import check_folder
     from trainlet.toolchain.package import write_package
     from trainlet.toolchain.targets import find_target
 
     if target is None and flash is not None:
         raise UsageError("--flash: nothing is built for a chip; give --target too")
     chip = choose_target(find_target(target).core, target, sram, flash) if target else None
-    prepare_out(out)
-    p = prepare_model(model, scheme, classes, bits, input)
-    if chip is None:
-        check_sram(p, sram)
-    facts, tables, lines = _linked(p, chip) if chip else ({}, [], [])
+    check_folder(prepare_out(out))
+    p = prepare_model(model, scheme, classes, bits, find_passes(input, without or ()))
+    facts, tables, lines = _linked(p, chip) if chip else ({}, [], check_sram(p, sram))
     # without the folders, which must not change the bytes of what is written
     words = ["trainlet", "compile", "--model", model.name, "--scheme", Path(scheme).name, "--classes", str(classes)]
-    words += ["--bits", str(p.scheme.bits), "--input", input]
+    words += ["--bits", str(p.scheme.bits), "--input", p.input]
+    words += [word for name in p.passes.off if name != "by_rows" for word in ("--without", name)]
     if chip is not None:
         words += ["--target", chip.name, "--sram", str(chip.sram_bytes), "--flash", str(chip.flash_bytes)]
-    write_package(p.compiled, out, shlex.join(words), chip)
-    data = {**p.facts(), "classes": classes, "out": str(out), **facts}
+    kept = write_package(p.compiled, out, shlex.join(words), chip, overwrite=overwrite).kept
+    lines += [f"kept as you changed it: {name}; --overwrite writes it anew" for name in kept]
+    data = {**p.facts(), "classes": classes, "out": str(out), "kept": kept, **facts}
     return Report(data, [memory_table(p), *tables], [*lines, f"wrote {out}"])
 
 
 def _linked(p: Prepared, chip: Target) -> tuple[dict[str, Any], list[Table], list[str]]:
-    """JSON, tables and lines of the example for a chip as it was linked; without the tools for that nothing is known.
-    OverBudgetError where it does not fit."""
-    from trainlet.toolchain.package import link_example
+    """JSON, tables and lines of the program for a chip, the same that `plan` measures; without the tools for that
+    nothing is known. OverBudgetError where it does not fit."""
+    from trainlet.toolchain.chip import build_device
 
     facts = {"target": chip.name, "sram_bytes": chip.sram_bytes, "flash_limit_bytes": chip.flash_bytes}
     try:
-        found = link_example(p.compiled, chip)
+        found = build_device(p.compiled, chip)
     except ToolMissingError as e:
         return {**facts, "linked": False}, [], [f"whether it fits {chip.name} was not checked: {e}"]
+    example, lines = _example(p, chip)
     sizes = {
         "static_bytes": found.static_bytes,
         "stack_reserved_bytes": found.stack_bytes,
+        "sram_needed_bytes": found.sram_bytes,
         "flash_bytes": found.flash_bytes,
+        **example,
     }
-    table = Table(f"the example, linked for {chip.name}", (), [(spaced(k), size(v)) for k, v in sizes.items()])
-    return {**facts, "linked": True, **sizes}, [table], []
+    table = Table(f"linked for {chip.name}", (), [(spaced(k), size(v)) for k, v in sizes.items()])
+    return {**facts, "linked": True, **sizes}, [table], lines
+
+
+def _example(p: Prepared, chip: Target) -> tuple[dict[str, int], list[str]]:
+    """Flash of the example, whose test vectors come on top of the model, and what there is to say."""
+    from trainlet.toolchain.package import link_example
+
+    try:
+        return {"example_flash_bytes": link_example(p.compiled, chip).flash_bytes}, []
+    except OverBudgetError as e:
+        return {}, [f"the model fits, its example with the test vectors in flash does not: {e}"]
 
 
 def prepare_model(
-    model: Path, scheme: str, classes: int, bits: int | None, image: str = "rows", pixels: int | None = None
+    model: Path, scheme: str, classes: int, bits: int | None, passes: Passes | None = None, pixels: int | None = None
 ) -> Prepared:
     from trainlet.cli.prepare import load_model, prepare, resolve_scheme
+    from trainlet.compiler import ALL
     from trainlet.frontends import at_size
 
+    if pixels is not None and pixels > MAX_SIDE:
+        raise UsageError(
+            f"--size {pixels}: no microcontroller takes such images; give at most {MAX_SIDE} pixels a side"
+        )
     graph = load_model(model)
     chosen = resolve_scheme(scheme, graph, bits)
     sized = graph if pixels is None else at_size(graph, pixels, pixels)
-    return prepare(sized, chosen, classes, image)
+    return prepare(sized, chosen, classes, passes or ALL)
 
 
 def memory_table(p: Prepared) -> Table:
@@ -207,11 +247,19 @@ def train(
     seed: Annotated[int, typer.Option(help="Of head, order, roundings and augmentation.")] = 0,
     bits: Bits = None,
     input: Input = "rows",
+    without: Without = None,
     limit: Annotated[int | None, typer.Option(help="Images per epoch, balanced over the classes.")] = None,
     resize: Annotated[str, typer.Option(help="crop (shorter side, then the center) or squeeze.")] = "crop",
     augment: Annotated[str, typer.Option(help="crop, flip or crop,flip: drawn anew for each image and epoch.")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard an unfinished run in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard what is in --out, and begin again.")] = False,
+    on_divergence: Annotated[
+        str,
+        typer.Option(
+            help="Where the loss or the share of weights at the clamp explodes: stop at the last good state, "
+            "or warn and go on."
+        ),
+    ] = "stop",
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute the frozen prefix at every step.")] = False,
     sram: Sram = None,
     on: Place = "host",
@@ -220,24 +268,33 @@ def train(
     json: Json = False,
 ) -> Report:
     """Train a model on labelled images, in generated C."""
-    from trainlet.cli.prepare import check_sram, choose_target, load_model, prepare, prepare_out, resolve_scheme
+    from trainlet.cli.prepare import (
+        check_sram,
+        choose_target,
+        find_passes,
+        load_model,
+        prepare,
+        prepare_out,
+        resolve_scheme,
+    )  # fmt: skip
     from trainlet.train.data import Transform
-    from trainlet.train.loop import Run, TrainConfig, default_lr
+    from trainlet.train.loop import TrainConfig, default_lr
+    from trainlet.train.run import Run
     from trainlet.train.statefile import StateMeta
 
     words = tuple(w.strip() for w in augment.split(",") if w.strip())
     if resume and overwrite:
         raise UsageError("--resume and --overwrite: give one of them, the first goes on and the second begins again")
+    passes = find_passes(input, without or ())
     chip = choose_target(on, target, sram, flash)
     graph = load_model(model)
     chosen = resolve_scheme(scheme, graph, bits)
     rate = default_lr(chosen) if lr is None else lr
-    config = TrainConfig(epochs, rate, seed, limit, words, cache=not no_cache)
+    config = TrainConfig(epochs, rate, seed, limit, words, cache=not no_cache, on_divergence=on_divergence)
     dataset = _dataset(data, Transform(_shape(graph), resize, words))
     prepare_out(out)
-    p = prepare(graph, chosen, len(dataset.classes), input)
-    if chip is None:
-        check_sram(p, sram)
+    p = prepare(graph, chosen, len(dataset.classes), passes)
+    said = check_sram(p, sram) if chip is None else []
     session, measured = _place(p, chip)
     meta = StateMeta(graph.name, session.model_hash, chosen.to_json(), dataset.classes, chosen.bits, resize)
     facts = {"extra_memory_bytes": p.extra_memory_bytes, "device": on}
@@ -246,7 +303,10 @@ def train(
     run = Run(session, dataset, config, out, meta, facts=facts, progress=RichProgress())
     result = {**run.start(resume=resume, overwrite=overwrite), **measured()}
     tables = [memory_table(p), _result_table(result), *measured_table(measured())]
-    return Report(result, tables, [f"trained state: {result['state']}"])
+    lines = [*said, *(f"warning: {text}" for text in result["warnings"])]
+    if result["already_finished"]:
+        lines.append("this run had finished before, with these settings: nothing was done, --overwrite begins it again")
+    return Report(result, tables, [*lines, f"trained state: {result['state']}"])
 
 
 def _result_table(r: dict[str, Any]) -> Table:
@@ -254,7 +314,9 @@ def _result_table(r: dict[str, Any]) -> Table:
         ("validation accuracy", f"{r['val_accuracy']:.4f}"),
         ("best", f"{r['best_val_accuracy']:.4f} (epoch {r['best_epoch']})"),
         ("training loss", f"{r['train_loss']:.4f}"),
+        ("loss of a guess, ln(classes)", f"{r['chance_loss']:.4f}"),
         ("saturated gradients", f"{r['saturated']:.3%}"),
+        ("weights at the clamp", f"{r['clamped']:.3%}"),
         ("images per second", f"{r['images_per_second']:.1f}"),
         ("seconds", f"{r['seconds']:.1f}"),
         ("prefix cache", size(r["cache_bytes"])),
@@ -344,7 +406,7 @@ def _check_device(on: str) -> None:
 
 
 def _shape(graph: Any) -> tuple[int, int, int]:
-    h, w, c = graph.values[graph.inputs[0]].shape
+    h, w, c = graph.image.shape
     return h, w, c
 
 

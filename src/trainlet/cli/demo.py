@@ -20,7 +20,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of the order of the images, and of the roundings.")] = 0,
     on: Place = "cortex-m7",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints in --out.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard an unfinished run in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard what is in --out, and begin again.")] = False,
     json: Json = False,
 ) -> Report:
     """Show on-device training with a shipped model, on an emulated chip with 64 KB of SRAM; needs no file."""

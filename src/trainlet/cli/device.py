@@ -19,6 +19,7 @@ from trainlet.cli.commands import (
     Place,
     Scheme,
     Sram,
+    Without,
     command,
     prepare_model,
     spaced,
@@ -81,20 +82,21 @@ def validate(
     on: Place = "cortex-m7",
     target: Chip = None,
     bits: Bits = None,
+    without: Without = None,
     sram: Sram = None,
     flash: Flash = None,
     emulator: Annotated[str, typer.Option(help="What emulates the chip: unicorn, qemu or both.")] = "unicorn",
     json: Json = False,
 ) -> Report:
     """Run the same steps here and on an emulated chip, and compare every byte."""
-    from trainlet.cli.prepare import choose_target
+    from trainlet.cli.prepare import choose_target, find_passes
     from trainlet.session.host import HostSession
 
     chip = choose_target(on, target, sram, flash)
     if chip is None:
         raise UsageError("--on host: validate compares the host with a chip; give --on cortex-m7")
     kinds = _emulators(emulator)
-    p = prepare_model(model, scheme, classes, bits)
+    p = prepare_model(model, scheme, classes, bits, find_passes("rows", without or ()))
     result = {**p.facts(), "classes": classes, "on": on, "target": chip.name, "sram_bytes": chip.sram_bytes}
     host = HostSession(p.compiled)
     runs = {name: _validated(p, host, make, chip, steps) for name, make in kinds.items()}

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any, cast
 
 Row = tuple[str, ...]
 
@@ -74,6 +75,25 @@ def size(n: int) -> str:
     return f"{n:,} B ({n / 1024:.1f} KiB)"
 
 
+class _Unheard:
+    """A stream whose terminal or reader may go away: that must not end a run before it has saved what it reached."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class RichProgress:
     """Bars and lines on standard error; the bars only where that is a terminal."""
 
@@ -81,7 +101,8 @@ class RichProgress:
         """``options`` go to rich's Console, over ours."""
         from rich.console import Console
 
-        self._console = Console(**{"stderr": True, "highlight": False, **options})
+        file = cast("IO[str]", _Unheard(options.pop("file", sys.stderr)))
+        self._console = Console(**{"file": file, "highlight": False, **options})
 
     @contextlib.contextmanager
     def bar(self, title: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:

@@ -19,6 +19,7 @@ from trainlet.cli.commands import (
     Model,
     Scheme,
     Sram,
+    Without,
     command,
     memory_table,
     prepare_model,
@@ -44,6 +45,7 @@ def plan(
     classes: Classes,
     bits: Bits = None,
     input: Input = "rows",
+    without: Without = None,
     pixels: Annotated[
         int | None, typer.Option("--size", help="Height and width of the image, if not those of the model file.")
     ] = None,
@@ -64,16 +66,15 @@ def plan(
     json: Json = False,
 ) -> Report:
     """Say how much memory training takes."""
-    from trainlet.cli.prepare import check_sram, write_picture
+    from trainlet.cli.prepare import check_sram, find_passes, write_picture
     from trainlet.measure.memory_map import memory_svg
 
     if ablate:
         return _ablation(model, scheme, classes, bits, picture)
 
     chip = _chip(measure or profile, on, target, sram, flash)
-    p = prepare_model(model, scheme, classes, bits, input, pixels)
-    if chip is None:
-        check_sram(p, sram)
+    p = prepare_model(model, scheme, classes, bits, find_passes(input, without or ()), pixels)
+    said = check_sram(p, sram) if chip is None else []
     largest = p.largest()
     data = {**p.facts(), "classes": classes, "largest": largest}
     rows = [(t["tensor"], t["layer"], grouped(t["bytes"])) for t in largest]
@@ -82,7 +83,7 @@ def plan(
         data["picture"] = str(picture)
     tables = [memory_table(p), Table("largest buffers at the peak", ("buffer", "layer", "bytes"), rows)]
     if chip is None:
-        return Report(data, tables)
+        return Report({**data, "notes": said}, tables, said)
     facts, measured, lines = _measure(p, classes, chip, profile)
     return Report({**data, **facts}, [*tables, *measured], lines)
 
@@ -132,12 +133,11 @@ def _chip(measured: bool, on: str | None, name: str | None, sram: str | None, fl
 
 def _measure(p: Prepared, classes: int, chip: Target, profile: bool) -> tuple[dict[str, Any], list[Table], list[str]]:
     """JSON, tables and lines of a measurement."""
-    from trainlet.cli.prepare import find_passes
     from trainlet.compiler import compile_inference
     from trainlet.frontends import attach_head
     from trainlet.measure.program import estimate_cycles, measure
 
-    found = measure(p.compiled, compile_inference(attach_head(p.model, classes), find_passes(p.input)), chip)
+    found = measure(p.compiled, compile_inference(attach_head(p.model, classes), passes=p.passes), chip)
     estimates = [estimate_cycles(program) for program in (found.train, found.infer)]
     (step, note), (inference, _) = estimates
     facts = {
@@ -184,12 +184,13 @@ def _measured_tables(found: Measurement, chip: Target) -> list[Table]:
     where = f"{chip.name}, an emulated {chip.core}"
     headers = ("bytes", "training", "inference alone")
     sections = _pairs(train.firmware.sections, infer.firmware.sections)
+    needed = ("needed, with the whole stack", *(grouped(p.firmware.sram_bytes) for p in (train, infer)))
     work = [
         ("a training step", grouped(train.work.instructions), ""),
         ("an inference", grouped(found.train_infers), grouped(infer.work.instructions)),
     ]
     return [
-        Table(f"SRAM, measured on {where}", headers, _pairs(train.ram, infer.ram, "all")),
+        Table(f"SRAM, measured on {where}", headers, [*_pairs(train.ram, infer.ram, "all"), needed]),
         Table("flash, measured", headers, _pairs(train.flash, infer.flash, "all")),
         Table("sections of the ELF (.stack: what is reserved)", headers, sections),
         Table("instructions, measured", ("", *headers[1:]), work),

@@ -4,20 +4,20 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainlet import frontends
-from trainlet.attrs import Conv2d
 from trainlet.autodiff.scheme import UpdateScheme, extra_memory_bytes, resolve
-from trainlet.compiler import Passes, compile_model
+from trainlet.compiler import ALL, Passes, compile_model
 from trainlet.emit import Compiled
 from trainlet.errors import OverBudgetError, UsageError
-from trainlet.frontends import graph_file as irfile
 from trainlet.ir.graph import Graph, Stage
 from trainlet.plan.arena import largest_alive
-from trainlet.toolchain.targets import DEFAULT_TARGET, Target, find_target, parse_size, with_limits
+from trainlet.toolchain.budget import Budget
+from trainlet.toolchain.targets import DEFAULT_TARGET, Target, find_target
 
 INPUTS = ("rows", "image")
 
@@ -30,12 +30,17 @@ class Prepared:
     scheme: UpdateScheme
     compiled: Compiled
     extra_memory_bytes: int
-    input: str = "rows"
+    passes: Passes
+
+    @property
+    def input(self) -> str:
+        """How the image comes: ``rows``, or ``image``."""
+        return INPUTS[not self.passes.by_rows]
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(H, W, C) of the image."""
-        h, w, c = self.model.values[self.model.inputs[0]].shape
+        h, w, c = self.model.image.shape
         return h, w, c
 
     def facts(self) -> dict[str, Any]:
@@ -45,6 +50,7 @@ class Prepared:
             "scheme": self.scheme.name,
             "bits": self.scheme.bits,
             "input": self.input,
+            "without": list(self.passes.off),
             "model_hash": self.compiled.model_hash,
             "arena_bytes": self.compiled.plan.arena_bytes,
             "lower_bound_bytes": self.compiled.plan.lower_bound,
@@ -64,7 +70,7 @@ class Prepared:
 
 def load_model(path: Path) -> Graph:
     """The INT8 graph of a model file, or of a graph that `trainlet import --out` wrote."""
-    graph = irfile.load(path) if path.suffix == ".json" else frontends.load(path)
+    graph = frontends.load(path)
     if graph.stage is not Stage.INT8:
         raise UsageError(
             f"{path}: a graph of stage {graph.stage}; give one of stage int8, as `trainlet import` writes it"
@@ -72,18 +78,18 @@ def load_model(path: Path) -> Graph:
     return graph
 
 
-def find_passes(image: str) -> Passes:
-    """The passes for ``--input``: rows or image."""
+def find_passes(image: str, without: Sequence[str] = ()) -> Passes:
+    """The passes for ``--input``, rows or image, and ``--without``. UsageError where they are none."""
     if image not in INPUTS:
         raise UsageError(f"--input {image!r}: the image comes as {' or '.join(INPUTS)}; give one of them")
-    return Passes(by_rows=image == "rows")
+    return Passes.without(*without, *(("by_rows",) if image == "image" else ()))
 
 
-def prepare(model: Graph, scheme: UpdateScheme, classes: int, image: str = "rows") -> Prepared:
-    """Attaches the head and compiles; ``image`` is ``--input``."""
+def prepare(model: Graph, scheme: UpdateScheme, classes: int, passes: Passes = ALL) -> Prepared:
+    """Attaches the head and compiles."""
     graph = frontends.attach_head(model, classes)
-    compiled = compile_model(graph, scheme, find_passes(image))
-    return Prepared(model, scheme, compiled, extra_memory_bytes(graph, scheme), image)
+    compiled = compile_model(graph, scheme, passes=passes)
+    return Prepared(model, scheme, compiled, extra_memory_bytes(graph, scheme), passes)
 
 
 def resolve_scheme(spec: str, model: Graph, bits: int | None) -> UpdateScheme:
@@ -94,6 +100,7 @@ def resolve_scheme(spec: str, model: Graph, bits: int | None) -> UpdateScheme:
 def choose_target(on: str, name: str | None, sram: str | None, flash: str | None) -> Target | None:
     """The chip of ``--on`` with its memory cut to ``--sram`` and ``--flash``; None for the host. UsageError where they
     contradict each other."""
+    budget = Budget.parse(sram, flash)
     if on == "host":
         given = "--target" if name is not None else "--flash" if flash is not None else ""
         if given:
@@ -104,15 +111,15 @@ def choose_target(on: str, name: str | None, sram: str | None, flash: str | None
     target = find_target(name or DEFAULT_TARGET[on])
     if target.core != on:
         raise UsageError(f"--on {on} --target {target.name}: that is a {target.core}; give --on {target.core}")
-    limits = (parse_size(v, o) if v is not None else None for v, o in ((sram, "--sram"), (flash, "--flash")))
-    return with_limits(target, *limits)
+    return budget.cut(target)
 
 
-def check_sram(p: Prepared, sram: str | None) -> None:
-    """OverBudgetError where arena and state together exceed ``sram``."""
-    if sram is None:
-        return
-    limit = parse_size(sram)
+def check_sram(p: Prepared, sram: str | None) -> list[str]:
+    """What there is to say of ``sram`` where no chip is named: it can be compared with arena and state alone.
+    OverBudgetError where they exceed it."""
+    limit = Budget.parse(sram).sram
+    if limit is None:
+        return []
     arena, state = p.compiled.plan.arena_bytes, p.compiled.state_bytes
     if arena + state > limit:
         largest = ", ".join(f"{t['tensor']} of {t['layer']} ({t['bytes']})" for t in p.largest(3))
@@ -121,6 +128,10 @@ def check_sram(p: Prepared, sram: str | None) -> None:
             f"{limit} bytes of --sram by {arena + state - limit}; largest at the peak: {largest}. Choose a scheme that "
             "updates less, fewer --bits, or more memory"
         )
+    return [
+        f"--sram: no chip is named, so arena and state alone were counted, {arena + state} of {limit} bytes; the stack "
+        "and what else a program has there come on top"
+    ]
 
 
 def prepare_out(out: Path) -> Path:
@@ -143,21 +154,20 @@ def write_picture(path: Path, svg: str) -> None:
 
 def summary(graph: Graph) -> dict[str, Any]:
     """Counts of a model: layers, weights, multiply-accumulates, dead channels."""
-    from trainlet.ops import OPS
+    from trainlet.ops import OPS, Add, Conv2d
 
     values = graph.values
-    convs = graph.find("conv2d")
-    attrs = [n.attrs for n in convs if isinstance(n.attrs, Conv2d)]
-    macs = sum(OPS[n.op].macs(n, [values[i] for i in n.inputs], [values[o] for o in n.outputs]) for n in graph.nodes)
+    attrs = [n.attrs for n in graph.nodes if isinstance(n.attrs, Conv2d)]
+    macs = sum(OPS[n.op].macs(n, n.bind(values)) for n in graph.nodes)
     shape = values[graph.inputs[0]].shape
     return {
         "model": graph.name,
         "input": list(shape),
         "nodes": len(graph.nodes),
-        "convolutions": len(convs),
+        "convolutions": len(attrs),
         "depthwise": sum(a.depthwise for a in attrs),
-        "additions": len(graph.find("add")),
-        "weights": sum(values[n.inputs[1]].size for n in (*convs, *graph.find("dense"))),
+        "additions": sum(isinstance(n.attrs, Add) for n in graph.nodes),
+        "weights": sum(values[n["weight"]].size for n in graph.nodes if "weight" in n.operands),
         "macs": macs,
         "dead_channels": sum(len(a.dead) for a in attrs),
         "outputs": values[graph.outputs[0]].size,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,7 +41,11 @@ def select(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer images, runs and layers.")] = False,
     bits: Annotated[str, typer.Option(help="Width of a trained weight: 8, 12, 16, or several such as 8,16.")] = "8",
     max_drop: Annotated[
-        float | None, typer.Option(help="With freeze: go on freezing while the loss rises by no more than this.")
+        float | None,
+        typer.Option(
+            help="With freeze: go on freezing while accuracy is no more than this below its highest, such as 0.01.",
+            show_default="freeze until it fits",
+        ),
     ] = None,
     finalists: Annotated[
         int | None,
@@ -76,14 +81,17 @@ def select(
         long_rivals,
         short_rivals,
     )
-    from trainlet.select.jobs import FILE, Clock, JobStore, open_executor
+    from trainlet.select.folder import locked
+    from trainlet.select.jobs import Clock, open_executor
     from trainlet.select.limits import PlannedLimit
     from trainlet.select.runs import open_study
-    from trainlet.toolchain.targets import find_target, parse_count, parse_size, with_limits
+    from trainlet.select.store import FILE, JobStore
+    from trainlet.toolchain.budget import Budget
+    from trainlet.toolchain.targets import find_target, parse_count
     from trainlet.train.loop import TrainConfig
 
     began = time.perf_counter()
-    widths, selector = _widths(bits), find_selector(method, max_drop)
+    widths, selector_of = _widths(bits), find_selector(method, max_drop)
     if not 0 <= seed < 1 << 31:
         raise UsageError(f"--seed {seed}: give a whole number from 0 to {(1 << 31) - 1}")
     if finalists is not None and finalists < 1:
@@ -92,20 +100,21 @@ def select(
         raise UsageError(f"--finalists {finalists}: for --method {' and '.join(SEARCHES)}; leave it out of {method}")
     if lr is not None:
         TrainConfig(1, lr)  # refuses what is no rate
-    flash_bytes = None if flash is None else parse_size(flash, "--flash")
-    chip = with_limits(find_target(target), parse_size(sram), flash_bytes)
+    budget = Budget.parse(sram, flash)
+    chip = budget.cut(find_target(target))
     steps = parse_count(instructions, "--instructions") if instructions is not None else None
-    if no_measure and (flash_bytes or steps):
+    if no_measure and (budget.flash or steps):
         raise UsageError("--flash and --instructions are measured; leave --no-measure out")
     graph = load_model(model)
     effort = QUICK if quick else STANDARD
     progress = RichProgress()
-    with JobStore(prepare_out(out) / FILE) as store:
+    with locked(prepare_out(out)), JobStore(out / FILE) as store, locked(prepare_out(out / "cache")):
         study = open_study(graph, data, resize, out / "cache")
         limit = PlannedLimit(study.graph, None if no_measure else chip, chip.sram_bytes, instructions=steps)
         executor = open_executor(jobs, scheduler)
         try:
             runner = Runner(study, store, executor, progress, Clock(executor.workers), lr)
+            selector = selector_of(runner, effort, seed)
             chosen = choose(runner, effort, widths, limit, selector, seed, finalists)
             scheme = final_scheme(chosen)
             measured = {} if no_measure else _measured(study.graph, scheme, chip)
@@ -114,6 +123,9 @@ def select(
                 rivals = long_rivals(runner, effort, chosen, limit, limit.narrowed, selector, seed, finalists)
             # other seeds than those that decided between finalists
             points = compare(runner, effort, rivals, limit, chosen.contributions.layers, seed + effort.final_seeds)
+        except KeyboardInterrupt as e:
+            kept = f"{len(store)} finished runs are kept in {out}, the same command goes on from there"
+            raise KeyboardInterrupt(f"{str(e) or 'interrupted'}; {kept}") from None
         finally:
             executor.close()
         found = {
@@ -124,10 +136,11 @@ def select(
             "limit_instructions": steps,
             "effort": effort.name,
             "jobs": len(store),
+            **_frozen(chosen, max_drop, study.judges(effort.final)),
             "seconds": round(time.perf_counter() - began, 1),
             **measured,
         }
-    return _report(out, scheme, chosen, points, found, effort)
+        return _report(out, scheme, chosen, points, found, effort)
 
 
 def _widths(text: str) -> list[int]:
@@ -157,6 +170,24 @@ def _measured(graph: Graph, scheme: UpdateScheme, chip: Target) -> dict[str, Any
         "ram_bytes": program.ram_bytes,
         "flash_bytes": program.flash_bytes,
         "instructions_per_step": program.work.instructions,
+    }
+
+
+def _frozen(chosen: Chosen, max_drop: float | None, judges: int) -> dict[str, Any]:
+    """What freezing came to; nothing of other methods."""
+    from trainlet.select.freeze import drop
+
+    course = chosen.selection.course
+    if not course:
+        return {}
+    return {
+        "max_drop": max_drop,
+        "images_that_judge": judges,
+        "parts_frozen": len(course) - 1,
+        "first_accuracy": course[0].trained.accuracy,
+        "accuracy": course[-1].trained.accuracy,
+        "accuracy_spread": course[-1].trained.spread,
+        "accuracy_drop": drop(course, course[-1].trained),
     }
 
 
@@ -193,12 +224,24 @@ def _report(
         Table("measured on the emulated chip" if "ram_bytes" in found else "limit", (), memory),
         Table(f"trained the same way, {images}", ("scheme", "", "SRAM, planned bytes", "loss", "accuracy", ""), rows),
     ]
+    if selection["course"]:
+        tables.insert(1, _course(selection["course"], found["images_that_judge"]))
     lines = [f"scheme: {files['scheme']}", f"report: {files['report']}"]
     if finals:
         tables.insert(1, Table("finalists, the lowest loss is taken", ("", "SRAM, bytes", "loss", ""), finals))
     data = {**found, **summary, **selection, **files}
-    del data["search"]
+    del data["search"], data["course"]
     return Report({**data, "points": [{"scheme": p.scheme, "loss": p.loss} for p in points]}, tables, lines)
+
+
+def _course(course: Sequence[Mapping[str, Any]], judges: int) -> Table:
+    names = ("loss", "accuracy", "accuracy_spread")
+    rows = [
+        (step["frozen"] or "nothing", grouped(step["planned_bytes"]), *(_number(step[k]) for k in names))
+        for step in course
+    ]
+    title = f"frozen in this order; {judges} images judge, one is {1 / judges:.4f} of accuracy; ± over seeds"
+    return Table(title, ("", "SRAM, bytes", "loss", "accuracy", "±"), rows)
 
 
 def _number(v: float | None) -> str:

@@ -6,6 +6,7 @@ judged by (the model has seen neither), and the scheme that says what trains."""
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
 import time
@@ -30,8 +31,10 @@ from trainlet.session.host import HostSession
 from trainlet.session.mixed import MixedSession
 from trainlet.svg import Curve, accuracy_svg
 from trainlet.toolchain.targets import Target
-from trainlet.train import data, statefile
-from trainlet.train.loop import CHECKPOINT_FILE, Progress, Run, Silent, TrainConfig, evaluate
+from trainlet.train import data
+from trainlet.train.folder import locked, write_atomic
+from trainlet.train.loop import Progress, Silent, TrainConfig, evaluate
+from trainlet.train.run import CHECKPOINT_FILE, Run
 from trainlet.train.statefile import StateMeta
 
 NAME: Final = "fashion"
@@ -43,6 +46,7 @@ HEAD_LR: Final = 1 / 4  # of 1/16 to 2 the best for the head alone
 
 DATA_FILE: Final = "data.npz"
 SCHEME_FILE: Final = "scheme.json"
+LOCK_FILE: Final = ".demo.lock"  # beside that of the run in the same folder
 PICTURE_FILE: Final = "accuracy.svg"
 HEAD_FOLDER: Final = "head_only"
 COLORS: Final = ("#b04a00", "#0b6e4f")
@@ -90,16 +94,18 @@ def write_inputs(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     graph = load_model()
     irfile.save(graph, out / f"{NAME}.json")
-    statefile.write_atomic(out / SCHEME_FILE, load_scheme(graph).to_json().encode())
+    write_atomic(out / SCHEME_FILE, load_scheme(graph).to_json().encode())
+    images = io.BytesIO()
     with np.load(_ASSETS / f"{NAME}.npz", allow_pickle=False) as shipped:
         np.savez_compressed(
-            out / DATA_FILE,
+            images,
             x_train=other_camera(shipped["x_train"]),
             y_train=shipped["y_train"],
             x_val=other_camera(shipped["x_val"]),
             y_val=shipped["y_val"],
             classes=shipped["classes"],
         )
+    write_atomic(out / DATA_FILE, images.getvalue())
 
 
 # --- the run ----------------------------------------------------------------------------------------------------
@@ -119,6 +125,11 @@ class Demo:
     def run(self) -> dict[str, Any]:
         """Trains and returns the result. Raises ToolMissingError, OverBudgetError, UsageError, MismatchError, and
         Interrupted once everything is saved."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        with locked(self.out, LOCK_FILE):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         began = time.perf_counter()
         self._config(LR)  # refuses a bad seed before any work
         compiled = compile_demo()
@@ -137,7 +148,7 @@ class Demo:
         if device is not None:
             self._compare(compiled, images, run["state_sha256"])
         picture = self.out / PICTURE_FILE
-        statefile.write_atomic(picture, _picture(before, {"head only": head, "sparse update": run}).encode())
+        write_atomic(picture, _picture(before, {"head only": head, "sparse update": run}).encode())
         return {
             "accuracy_before": before,
             "accuracy_after": run["val_accuracy"],

@@ -5,93 +5,100 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
-from importlib import resources
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from trainlet.attrs import Stream
-from trainlet.emit.depth_first import stream_text
-from trainlet.emit.emitter import Emitter, c_float, c_name, comment
-from trainlet.emit.statement import REFUSES, function, statement
+from trainlet.emit.code import Lines, NodeLines, c_name, comment, joined, plain
+from trainlet.emit.depth_first import run_text
+from trainlet.emit.emitter import Emitter
+from trainlet.emit.statement import function
 from trainlet.errors import UnsupportedError
-from trainlet.ir.graph import Graph, Kind, Node, Stage
+from trainlet.ir import DepthFirst, Graph, Kind, Node, Stage
+from trainlet.names import is_reserved, shortened
+from trainlet.ops import OPS, No
+from trainlet.ops.op import c_float
+from trainlet.ops.roles import head_of, heads
 from trainlet.plan.arena import MemoryPlan, feeds
-from trainlet.plan.prefix import prefix_length
+from trainlet.plan.sections import sections
 from trainlet.plan.state import StateLayout
-
-_HEADERS: Final = frozenset((
-    "assert", "complex", "ctype", "errno", "fenv", "float", "inttypes", "iso646", "limits", "locale", "math", "setjmp",
-    "signal", "stdarg", "stdbool", "stddef", "stdint", "stdio", "stdlib", "string", "tgmath", "time", "wchar", "wctype",
-    "alloca", "endian", "features", "malloc", "newlib", "reent", "unistd",
-))  # fmt: skip
-"""Of C99 and of what they include; a model's header of that name would be found in their place."""
-_BUILD: Final = frozenset(("all", "clean", "example", "expected", "firmware", "help", "install", "package", "test"))
-"""Targets and files of the build of a compiled folder."""
 
 
 @dataclass(frozen=True)
 class Sources:
     """The emitted text by file name, and the prefix of its C names. ``symbols``: the C names of its constants by what
-    they are called in the graph, such as ``conv.3.weight.frozen``."""
+    they are called in the graph, such as ``conv.3.weight.frozen``; ``purposes``: what each C name is for (one of
+    FLASH_PURPOSES); ``nodes``: which lines of NAME.c run which node."""
 
     prefix: str
     files: Mapping[str, str]
     symbols: Mapping[str, str] = field(default_factory=dict)
+    purposes: Mapping[str, str] = field(default_factory=dict)
+    nodes: tuple[NodeLines, ...] = ()
 
 
-def _sections(graph: Graph) -> dict[str, list[Node]]:
-    """The nodes of the five functions of a model."""
-    nodes = graph.nodes
-    cut = prefix_length(graph)
-    fed = feeds(graph) is not None  # the first node runs as the image arrives
-    dense = max(i for i, n in enumerate(nodes) if n.op == "dense")
-    checked = max((i for i, n in enumerate(nodes) if n.op in REFUSES), default=dense)
-    rest = nodes[checked + 1 :]
-    return {
-        "prefix": list(nodes[fed:cut]),
-        "forward": list(nodes[max(cut, fed) : dense + 1]),
-        "gradient": list(nodes[dense + 1 : checked + 1]),
-        "head": [n for n in rest if n.op == "dense_sgd"],
-        "backward": [n for n in rest if n.op != "dense_sgd"],
+def _functions(e: Emitter, graph: Graph) -> Lines:
+    """The five functions of a model."""
+    s = sections(graph)
+    fed = int(feeds(graph) is not None)  # the first node runs as the image arrives
+    before = max(fed - len(s.prefix), 0)
+    parts: dict[str, tuple[Node, ...]] = {
+        "prefix": s.prefix[fed:],
+        "forward": s.forward[before:],
+        "gradient": s.gradient,
+        "head": s.head,
+        "backward": s.backward,
     }
+    made = [_function(e, name, nodes) for name, nodes in parts.items()]
+    return joined(part for one in made for part in (one, plain("\n")))
 
 
-def _section(e: Emitter, name: str, nodes: list[Node]) -> str:
-    status = name == "gradient"
-    lines = "".join(statement(e, n) for n in nodes)
-    head = f"static {'tl_status' if status else 'void'} {name}(tl_context *c)"
-    return function(head, lines + ("    return TL_OK;\n" if status else ""))
+def _function(e: Emitter, name: str, nodes: tuple[Node, ...]) -> Lines:
+    if name == "gradient":
+        return function(e, f"static tl_status {name}(tl_context *c)", nodes, "    return TL_OK;\n")
+    return function(e, f"static void {name}(tl_context *c)", nodes)
 
 
-def _init_table(e: Emitter) -> list[str]:
+def _init_table(e: Emitter, layout: StateLayout) -> list[str]:
     rows = []
-    heads = {n.inputs[1] for n in e.graph.find("dense")}  # their memory holds random weights before the table is copied
     for v in e.graph.states():
+        where = f"{layout.offsets[v.name]}u, {v.nbytes}u"
         data = e.graph.data.get(v.name)
-        if data is None or not (data.any() or v.name in heads):
-            continue
-        at = e.layout.offsets[v.name]
-        rows.append(f"    {{{at}u, {v.nbytes}u, {e.table(f'{v.name}.start', data)}}},")
+        if v.fan_in is not None:
+            rows.append(f"    {{{where}, NULL, {c_float(1.0 / math.sqrt(v.fan_in))}}},")
+        elif data is not None and data.any():
+            rows.append(f"    {{{where}, {e.table(f'{v.name}.start', data, 'initial_state')}, 0.0f}},")
     return rows
 
 
-def file_name(name: str) -> str:
-    """What the files of a model are called, and its C names begin with: a C identifier that is the name of no file of
-    the engine, of no header of C and of no target of a build."""
-    ident = c_name(name)
-    return f"m_{ident}" if ident.lower() in _HEADERS | _BUILD | _engine() else ident
+_TYPES: Final = {"s8": "TL_S8", "s32": "TL_S32", "f32": "TL_F32"}
 
 
-@cache
-def _engine() -> frozenset[str]:
-    """All names of C files that may lie beside a model's."""
-    folders = [f for f in (resources.files("trainlet") / "csrc").iterdir() if f.is_dir()]
-    return frozenset(Path(f.name).stem for folder in folders for f in folder.iterdir())
+def _ports(e: Emitter, role: str, names: tuple[str, ...]) -> str:
+    """The table of what the caller gives or gets in that role."""
+    if not names:
+        return ""
+    rows = ""
+    for name in names:
+        v, place = e.value(name), e.places.get(name)
+        h, w, c = v.shape if len(v.shape) == 3 else (1, 1, v.size)
+        at, ring = (f"{place.offset}u", place.ring) if place else ("0u", h)
+        rows += f"    {{{_TYPES[v.dtype]}, {h}, {w}, {c}, {at}, {ring}, {c_float(e.scale(name))}, {e.zero(name)}}},\n"
+    return f"static const tl_port {role}[] = {{\n{rows}}};\n"
+
+
+def _frozen_weights(graph: Graph) -> frozenset[str]:
+    """Constants that are weights of layers."""
+    return frozenset(n[p.operand] for n in graph.nodes for p in OPS[n.op].params if not isinstance(p.channels, No))
+
+
+def source_name(name: str) -> str:
+    """What the files of a model are called, and its C names begin with: a short C identifier that takes nobody's
+    place."""
+    ident = shortened(c_name(name))
+    return f"m_{ident}" if is_reserved(ident) else ident
 
 
 def emit(graph: Graph, plan: MemoryPlan, layout: StateLayout, model_hash: str) -> Sources:
@@ -99,34 +106,27 @@ def emit(graph: Graph, plan: MemoryPlan, layout: StateLayout, model_hash: str) -
     eight digits go into the saved state."""
     if graph.stage is not Stage.LOWERED:
         raise UnsupportedError(f"{graph.name}: only a lowered graph is emitted, not stage {graph.stage.value!r}")
-    streams = graph.find("stream")
-    rings = dict(ring for n in streams if isinstance(n.attrs, Stream) for ring in n.attrs.rings)
     feed = feeds(graph)
-    e = Emitter(graph.flat(), plan, layout, rings)
-    name = file_name(graph.name)
-    streaming = "".join(stream_text(e, n) for n in streams)
-    functions = "\n".join(_section(e, k, v) for k, v in _sections(graph).items())
-    init = _init_table(e)
-    head = next(n for n in graph.nodes if n.op == "dense")
-    classes, features = graph.values[head.inputs[1]].shape
+    flat = graph.flat()
+    e = Emitter(flat, plan, {**plan.places, **layout.places(graph)}, _frozen_weights(flat))
+    name = source_name(graph.name)
+    runs = [run_text(e, n) for n in graph.nodes if isinstance(n.attrs, DepthFirst)]
+    functions = _functions(e, graph)
+    init = _init_table(e, layout)
+    head = head_of(graph)
+    classes = graph.values[head.output].size
     slots = 1 + max((v.exponent for v in graph.values.values() if v.exponent is not None), default=0)
-    image = graph.values[graph.inputs[0]]
+    image = graph.image
+    face = graph.interface
+    roles = {"inputs": face.inputs, "outputs": face.outputs, "targets": face.targets}
+    ports = "".join(_ports(e, role, names) for role, names in roles.items())
     fields = {
         "hash": f"0x{model_hash[:8]}u",
         "arena_bytes": f"{plan.arena_bytes}u",
         "state_bytes": f"{layout.nbytes}u",
-        "height": image.shape[0],
-        "width": image.shape[1],
-        "channels": image.shape[2],
-        "classes": classes,
-        "features": features,
-        "input": f"{plan.offsets[image.name]}u",
-        "input_rows": rings.get(image.name, image.shape[0]),
+        **{k: k if names else "NULL" for k, names in roles.items()},
+        **{f"n_{k}": len(names) for k, names in roles.items()},
         "feed": f"&{e.symbol(feed.name)}" if feed else "NULL",
-        "logits": f"{plan.offsets[head.outputs[0]]}u",
-        "head_w": f"{layout.offsets[head.inputs[1]]}u",
-        "head_b": f"{layout.offsets[head.inputs[2]]}u",
-        "head_range": c_float(1.0 / math.sqrt(features)),
         "init": "start" if init else "NULL",
         "n_init": len(init),
         **{k: k for k in ("prefix", "forward", "gradient", "head", "backward")},
@@ -147,21 +147,30 @@ def emit(graph: Graph, plan: MemoryPlan, layout: StateLayout, model_hash: str) -
         "slots": slots,
         "source": comment(graph.name),
     }
-    calls = f"{streaming}{functions}\n"
-    body = f"{_C_HEAD.format(**values)}{calls}{start}static const tl_model model = {{\n{model}\n}};\n\n"
+    end = f"{start}{ports}static const tl_model model = {{\n{model}\n}};\n\n{_API.format(**values)}"
+    code = joined((plain(_C_HEAD.format(**values) + e.offset_table()), *runs, functions, plain(end)))
     data = f"{_DATA_HEAD.format(**values)}{''.join(e.tables.values())}"
-    files = {f"{name}.h": _HEADER.format(**values), f"{name}.c": body + _API.format(**values), f"{name}_data.h": data}
-    return Sources(name, files, dict(e.symbols))
+    files = {f"{name}.h": _HEADER.format(**values), f"{name}.c": "\n".join(code.text) + "\n", f"{name}_data.h": data}
+    own = dict.fromkeys(("model", "start", *roles, *_structs(e)), "constants")
+    purposes = {**e.purposes, **own}
+    return Sources(name, files, dict(e.symbols), purposes, code.nodes)
+
+
+def _structs(e: Emitter) -> Iterable[str]:
+    """C names of tables that NAME.c defines itself."""
+    return (symbol for symbol in e.symbols.values() if symbol not in e.tables)
 
 
 def _with_new_head(graph: Graph) -> Graph:
     """The graph as if its head were a new one: a saved state holds the whole head, wherever it started."""
-    data = dict(graph.data)
-    heads = [n.inputs[1:] for n in graph.find("dense") if graph.values[n.inputs[1]].kind is Kind.STATE]
-    for weight, bias in heads:
-        data.pop(weight, None)
-        data[bias] = np.zeros(graph.values[bias].shape, np.float32)
-    return replace(graph, data=data)
+    data, values = dict(graph.data), dict(graph.values)
+    for head in heads(graph):
+        weight, bias = values[head["weight"]], values[head["bias"]]
+        if weight.kind is Kind.STATE:
+            data.pop(weight.name, None)
+            values[weight.name] = replace(weight, fan_in=weight.shape[-1])
+            data[bias.name] = np.zeros(bias.shape, np.float32)
+    return replace(graph, data=data, values=values)
 
 
 def graph_hash(graph: Graph) -> str:

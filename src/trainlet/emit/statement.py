@@ -3,33 +3,37 @@
 
 from __future__ import annotations
 
-import re
-import textwrap
+from collections.abc import Sequence
 from typing import Final
 
-from trainlet.emit.emitter import Emitter, comment
-from trainlet.emit.rules import EMIT
-from trainlet.ir.graph import Node
-
-REFUSES: Final = frozenset({"check_lr", "softmax_xent", "avg_pool_dx"})
-"""Operators whose call may end the step with a status."""
+from trainlet.emit.code import Lines, NodeLines, broken, comment, joined, plain
+from trainlet.emit.emitter import Emitter
+from trainlet.ir import Node
+from trainlet.ops import OPS
+from trainlet.ops.registry import kernel_of
 
 _LOCALS: Final = (("a", "arena"), ("s", "state"))
 
 
-def statement(e: Emitter, node: Node) -> str:
+def label(node: Node) -> str:
+    """How lines, profiles and probes name a node: "layer: operator"."""
+    return f"{comment(node.layer)}: {node.op}"
+
+
+def statement(e: Emitter, node: Node) -> Lines:
     """The call of a node, in a block of its own: the views that a call is given live to the end of the block they stand
     in, and without one they would add up to kilobytes of stack."""
-    text = EMIT[node.op](e, node)
-    text = f"{{ TL_TRY({text}); }}" if node.op in REFUSES else f"{{ {text}; }}"
-    body = textwrap.fill(
-        text, 116, initial_indent="    ", subsequent_indent="        ", break_long_words=False, break_on_hyphens=False
-    )
-    return f"    /* {comment(node.layer)}: {node.op} */\n{body}\n"
+    text = kernel_of(node).call(e, node)
+    text = f"{{ TL_TRY({text}); }}" if OPS[node.op].refuses else f"{{ {text}; }}"
+    lines = (f"    /* {label(node)} */", *broken(text, "    ", "        "))
+    return Lines(lines, (NodeLines(label(node), 1, len(lines), e.run is not None),))
 
 
-def function(head: str, lines: str) -> str:
-    """A function over a context ``c``, with the locals that its lines use."""
-    local = "".join(f"    uint8_t *const {v} = c->{f};\n" for v, f in _LOCALS if re.search(rf"\b{v}( \+|,)", lines))
-    unused = "" if re.search(r"\bc(->|\))", lines + local) else "    (void)c;\n"
-    return f"{head}\n{{\n{unused}{local}{lines}}}\n"
+def function(e: Emitter, head: str, nodes: Sequence[Node], end: str = "") -> Lines:
+    """A function over a context ``c`` that runs ``nodes``, with the locals that they use; ``end`` is its last line."""
+    e.used.clear()
+    body = [statement(e, n) for n in nodes]
+    local = [f"    uint8_t *const {v} = c->{f};" for v, f in _LOCALS if v in e.used]
+    unused = [] if nodes else ["    (void)c;"]
+    begin = Lines((head, "{", *unused, *local), ())
+    return joined((begin, *body, plain(f"{end}}}")))

@@ -8,23 +8,26 @@ from pathlib import Path
 from typing import Final
 
 from trainlet.errors import UnsupportedError, UsageError
-from trainlet.frontends.common import attach_head, canonicalize_dead, check_sums, feature_pool, trunk
+from trainlet.frontends import graph_file
+from trainlet.frontends.common import attach_head, features, trunk
 from trainlet.frontends.published.checkpoint import load_checkpoint
 from trainlet.frontends.size import at_size
-from trainlet.ir.graph import Graph
+from trainlet.ir import Graph
+from trainlet.ops.quantization import canonicalize_dead, check_sums
 
 __all__ = [
     "at_size",
     "attach_head",
     "canonicalize_dead",
     "check_sums",
-    "feature_pool",
+    "features",
     "load",
     "load_checkpoint",
+    "need_path",
     "trunk",
 ]
 
-_LOADERS: Final[dict[str, Callable[[Path], Graph]]] = {".pkl": load_checkpoint}
+_LOADERS: Final[dict[str, Callable[[Path], Graph]]] = {".pkl": load_checkpoint, ".json": graph_file.load}
 
 # files that a user may well try, and what they are
 _KNOWN: Final = {
@@ -51,9 +54,17 @@ def _kind(path: Path) -> str:
     return ".pkl" if start.startswith(b"PK\x03\x04") else suffix
 
 
+def need_path(path: object) -> Path:
+    """The path that a text or a Path gives; UsageError for anything else."""
+    if not isinstance(path, str | Path):
+        raise UsageError(f"a path is a text or a pathlib.Path, not {type(path).__name__} {path!r:.60}")
+    return Path(path)
+
+
 def load(path: str | Path) -> Graph:
-    """Reads a model file. UsageError if the file is missing or damaged, UnsupportedError if no front end reads it."""
-    path = Path(path)
+    """Reads a model file: a published checkpoint (.pkl, stage int8), or a graph that ``save`` wrote (.json, of whatever
+    stage it is). UsageError if the file is missing or damaged, UnsupportedError if no front end reads it."""
+    path = need_path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise UsageError(f"{path}: {what}; give the path of a model file ({', '.join(_LOADERS)})")

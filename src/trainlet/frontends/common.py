@@ -1,75 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every front end of quantized models shares: dead channels, the limits of import, and the new head."""
+"""What every front end shares: where a model's features are, and the new head."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainlet.attrs import Attrs, AvgPool
 from trainlet.errors import UnsupportedError, UsageError
 from trainlet.frontends.limits import check_free
-from trainlet.ir.graph import Graph, GraphBuilder, Kind, Node, Value
+from trainlet.ir import Attrs, Graph, GraphBuilder, Kind, Node, Operands, Value
+from trainlet.ops.pool import is_global
+from trainlet.ops.roles import heads
 
-DEAD_RATIO = 2.0**-16  # a channel whose scale is below this share of the layer's largest has no usable scale
-MAX_BIAS = 1 << 30
 MAX_CLASSES = 65535
 
 
-def canonicalize_dead(
-    w: NDArray[np.int8], b: NDArray[np.int32], scale: NDArray[np.float32]
-) -> tuple[NDArray[np.int8], NDArray[np.int32], NDArray[np.float32], tuple[int, ...]]:
-    """Gives dead output channels (s_w[o] < 2^-16 max(s_w)) zero weights, the layer's largest scale and a bias of the
-    same real value, rounded. ``w`` has output channels first; ``scale`` is finite and > 0. Returns the new arrays (the
-    given ones where nothing is dead) and the dead channels, ascending."""
-    wide = scale.astype(np.float64)
-    largest = wide.max()
-    dead = np.flatnonzero(wide < DEAD_RATIO * largest)
-    if not dead.size:
-        return w, b, scale, ()
-    w, b, scale = w.copy(), b.copy(), scale.copy()
-    w[dead] = 0
-    b[dead] = np.floor(b[dead] * wide[dead] / largest + 0.5).astype(np.int32)
-    scale[dead] = np.float32(largest)
-    return w, b, scale, tuple(int(o) for o in dead)
-
-
-def check_sums(layer: str, b: NDArray[np.int32], fan_in: int) -> None:
-    """Raises UnsupportedError where the 32-bit sums of a convolution could overflow; ``b`` after
-    ``canonicalize_dead``, ``fan_in`` = C_in/groups kh kw."""
-    worst = int(np.abs(b.astype(np.int64)).max())
-    if worst > MAX_BIAS:
-        raise UnsupportedError(
-            f"{layer}: a bias of {worst} is above the limit of 2^30, so its 32-bit sums could overflow; "
-            "quantize the model again with a larger weight scale for that channel"
-        )
-    if 127 * 255 * fan_in + MAX_BIAS >= 1 << 31:
-        limit = ((1 << 31) - 1 - MAX_BIAS) // (127 * 255)
-        raise UnsupportedError(
-            f"{layer}: each output sums {fan_in} products, more than the {limit} that fit 32 bits; "
-            "split the layer or use groups"
-        )
-
-
-def feature_pool(graph: Graph) -> Node:
-    """The last global average pool: its output is what a classifier sees. UnsupportedError if there is none."""
-    for node in reversed(graph.find("avg_pool")):
-        a, x = node.attrs, graph.values[node.inputs[0]]
-        assert isinstance(a, AvgPool)
-        if a.kernel == x.shape[:2] and not any(a.pads):
-            return node
+def features(graph: Graph) -> str:
+    """What a classifier sees: the input of the dense layers that the model ends in, else the output of its last global
+    average pool. UnsupportedError where it has neither."""
+    found = heads(graph)
+    last = graph.producer(graph.outputs[0])
+    if last is not None and last in found:
+        return _below(graph, last, found)
+    for node in reversed(graph.nodes):
+        if "x" in node.operands and is_global(node, graph.values[node["x"]]):
+            return node.output
     raise UnsupportedError(
-        f"{graph.name}: no global average pool was found, and a new head is put behind one; "
-        "use a model that ends in a global average pool and a classifier"
+        f"{graph.name}: it ends in no dense layer and has no global average pool, and a new head takes the place "
+        "of the one or is put behind the other; use a model with a classifier"
     )
 
 
+def _below(graph: Graph, node: Node, dense: list[Node]) -> str:
+    """The input of the first of the dense layers of which ``node`` is the last."""
+    below = graph.producer(node["x"])
+    return _below(graph, below, dense) if below is not None and below in dense else node["x"]
+
+
 def trunk(graph: Graph) -> tuple[Node, ...]:
-    """The nodes that do not depend on the pooled features, and the pool itself: the model without its classifier."""
-    pool = feature_pool(graph)
-    behind = set(pool.outputs)
+    """The nodes that do not depend on the features: the model without its classifier."""
+    behind = {features(graph)}
     kept = []
     for node in graph.nodes:
         if behind.isdisjoint(node.inputs):
@@ -79,37 +49,39 @@ def trunk(graph: Graph) -> tuple[Node, ...]:
     return tuple(kept)
 
 
-def _own_head(graph: Graph, classes: int, features: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Weight and bias of the dense layer that the model has behind its pooled ``features``."""
-    own = next((n for n in graph.find("dense") if n.inputs[0] == features), None)
-    if own is None or not all(n in graph.data for n in own.inputs[1:]):
+def _own_head(graph: Graph, classes: int, x: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Weight and bias of the dense layer that the model has behind its features ``x``."""
+    own = next((n for n in heads(graph) if n["x"] == x), None)
+    if own is None or not all(own[o] in graph.data for o in ("weight", "bias")):
         raise UnsupportedError(
-            f"{graph.name}: no trained dense layer follows its pooled features, so there is no head to keep; "
+            f"{graph.name}: no trained dense layer follows its features, so there is no head to keep; "
             "start with a new one"
         )
-    weight, bias = (graph.data[n].astype(np.float32) for n in own.inputs[1:])
+    weight, bias = (graph.data[own[o]].astype(np.float32) for o in ("weight", "bias"))
     if len(bias) != classes:
         raise UsageError(f"{own.layer}: it knows {len(bias)} classes, and {classes} are asked for; start a new one")
     return weight, bias
 
 
 def attach_head(graph: Graph, classes: int, *, keep: bool = False) -> Graph:
-    """Replaces what follows the global average pool by a dense f32 layer ``head`` with ``classes`` outputs (1..65535).
+    """Replaces what follows the features by a dense f32 layer ``head`` with ``classes`` outputs (1..65535).
 
-    ``head.weight`` [classes, C] has no data: a session draws it from its seed; ``head.bias`` starts at 0. With ``keep``
+    ``head.weight`` [classes, n] has no data: a session draws it from its seed; ``head.bias`` starts at 0. With ``keep``
     both start from the dense layer that the model brings; UnsupportedError where it brings none, UsageError where that
     has another number of classes. The output is ``logits`` (classes,) f32."""
     if isinstance(classes, bool) or not isinstance(classes, int) or not 1 <= classes <= MAX_CLASSES:
         raise UsageError(f"head: {classes!r} classes; give a whole number from 1 to {MAX_CLASSES}")
     nodes = trunk(graph)
-    features = feature_pool(graph).outputs[0]
-    start, bias_start = _own_head(graph, classes, features) if keep else (None, np.zeros(classes, np.float32))
-    base = replace(graph, outputs=(features,)).with_nodes(nodes)
+    x = features(graph)
+    start, bias_start = _own_head(graph, classes, x) if keep else (None, np.zeros(classes, np.float32))
+    base = graph.with_interface(outputs=(x,)).with_nodes(nodes)
     check_free(base, ("head.weight", "head.bias", "logits"))
     g = GraphBuilder(graph.name, base)
     g.nodes.extend(nodes)
-    weight = g.add(Value("head.weight", (classes, base.values[features].size), "f32", Kind.STATE), start)
+    size = base.values[x].size
+    fan_in = size if start is None else None
+    weight = g.add(Value("head.weight", (classes, size), "f32", Kind.STATE, fan_in=fan_in), start)
     bias = g.add(Value("head.bias", (classes,), "f32", Kind.STATE), bias_start)
-    node = Node("dense", "head", "head", (features, weight, bias), ("logits",), Attrs())
+    node = Node("dense", "head", "head", Operands(x=x, weight=weight, bias=bias), ("logits",), Attrs())
     g.emit(node, Value("logits", (classes,), "f32"))
     return g.build(graph.stage, ("logits",))

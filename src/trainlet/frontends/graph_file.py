@@ -14,7 +14,7 @@ import os
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NoReturn, TypeVar
@@ -24,40 +24,40 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from trainlet.attrs import Attrs, Stream
 from trainlet.errors import UnsupportedError, UsageError
 from trainlet.frontends.limits import MAX_NAME, MAX_NODES, MAX_VALUES, check_count, check_limits
-from trainlet.ir.graph import Array, Graph, Kind, Node, QParams, Stage, Value
-from trainlet.ops import DTYPE_BITS, OPS
+from trainlet.ir import DTYPES, Array, Attrs, DepthFirst, Graph, Interface, Kind, Node, Operands, QParams, Stage, Value
+from trainlet.ops import OPS
 from trainlet.verify import VerifyError, verify_graph
 
 FORMAT = "trainlet-graph"
-VERSION = 1
+VERSION = 2
 MAX_JSON_BYTES = 16 << 20  # parsed it takes up to 25 times its size
 MAX_TENSOR_BYTES = 256 << 20
 MAX_ELEMENTS = 1 << 30
 MAX_RANK = 8
 
-# streams hold nodes and belong to one plan of memory, which has no file
-ATTRS: dict[str, type[Attrs]] = {op.attrs.__name__: op.attrs for op in OPS.values() if op.attrs is not Stream}
+# depth-first runs hold nodes and belong to one plan of memory, which has no file
+ATTRS: dict[str, type[Attrs]] = {op.attrs.__name__: op.attrs for op in OPS.values() if op.attrs is not DepthFirst}
 """The attribute classes that a file may name; nested ones are fixed by their field."""
 
 T = TypeVar("T")
 E = TypeVar("E", bound=StrEnum)
 
 
-def save(graph: Graph, path: Path) -> None:
+def save(graph: Graph, path: str | Path) -> None:
     """Writes ``graph`` to ``path`` (which ends in .json) and its data beside it. The same graph gives the same bytes.
 
     Raises VerifyError for a graph that ``load`` would refuse, UnsupportedError for one above a limit of files, or whose
-    nodes have been placed (they are in streams, or write over inputs); nothing is written then."""
+    nodes have been placed (they run depth first, or write over inputs) or have kernels; nothing is written then."""
+    path = Path(path)
     verify_graph(graph)
     check_limits(graph)
-    placed = next((n for n in graph.nodes if n.overwrites or isinstance(n.attrs, Stream)), None)
+    placed = next((n for n in graph.nodes if n.overwrites or n.kernel or isinstance(n.attrs, DepthFirst)), None)
     if placed is not None:
         raise UnsupportedError(
-            f"{graph.name}: {placed.name!r} ({placed.op}) is the work of a pass that places memory, which has no file "
-            "form; save the graph from before"
+            f"{graph.name}: {placed.name!r} ({placed.op}) is the work of a pass that chooses kernels or places memory, "
+            "which has no file form; save the graph from before"
         )
     blob = save_tensors({name: np.ascontiguousarray(graph.data[name]) for name in sorted(graph.data)})
     document = {
@@ -65,8 +65,7 @@ def save(graph: Graph, path: Path) -> None:
         "version": VERSION,
         "name": graph.name,
         "stage": graph.stage.value,
-        "inputs": list(graph.inputs),
-        "outputs": list(graph.outputs),
+        "interface": _encode_interface(graph.interface),
         "tensors": {"sha256": hashlib.sha256(blob).hexdigest(), "names": sorted(graph.data)},
         "values": [_encode_value(v) for v in graph.values.values()],
         "nodes": [_encode_node(n) for n in graph.nodes],
@@ -227,23 +226,26 @@ def _encode_value(v: Value) -> dict[str, object]:
         "kind": v.kind.value,
         "q": q,
         "exponent": v.exponent,
+        "fan_in": v.fan_in,
     }
 
 
-def _decode_value(item: str, raw: object) -> Value:
-    r = _record(item, raw, ("name", "shape", "dtype", "kind", "q", "exponent"))
+def _decode_value(item: str, raw: object, version: int) -> Value:
+    names = ("name", "shape", "dtype", "kind", "q", "exponent")
+    r = _record(item, raw, (*names, "fan_in") if version > 1 else names)
     item = f"value {_text(f'{item}.name', r['name'])!r}"
     shape = tuple(_integer(f"{item}.shape", n) for n in _list(f"{item}.shape", r["shape"]))
     if not 0 < len(shape) <= MAX_RANK or min(shape) < 1 or math.prod(shape) > MAX_ELEMENTS:
         _fail(f"{item}.shape", f"1 to {MAX_RANK} sizes of at least 1, at most {MAX_ELEMENTS} elements in all")
-    if r["dtype"] not in list(DTYPE_BITS):
-        _fail(f"{item}.dtype", f"one of {', '.join(DTYPE_BITS)}, not {_kind(r['dtype'])}")
+    if r["dtype"] not in list(DTYPES):
+        _fail(f"{item}.dtype", f"one of {', '.join(DTYPES)}, not {_kind(r['dtype'])}")
     exponent = None if r["exponent"] is None else _integer(f"{item}.exponent", r["exponent"])
     q = None
     if r["q"] is not None:
         s = _record(f"{item}.q", r["q"], ("scale", "zero"))
         q = QParams(float(_real(f"{item}.q.scale", s["scale"])), _integer(f"{item}.q.zero", s["zero"]))
-    return Value(r["name"], shape, r["dtype"], _member(f"{item}.kind", r["kind"], Kind), q, exponent)
+    fan_in = None if r.get("fan_in") is None else _integer(f"{item}.fan_in", r["fan_in"])
+    return Value(r["name"], shape, r["dtype"], _member(f"{item}.kind", r["kind"], Kind), q, exponent, fan_in)
 
 
 def _encode_node(n: Node) -> dict[str, object]:
@@ -251,15 +253,30 @@ def _encode_node(n: Node) -> dict[str, object]:
         "name": n.name,
         "op": n.op,
         "layer": n.layer,
-        "inputs": list(n.inputs),
+        "operands": {k: list(v) for k, v in n.operands.items()},
         "outputs": list(n.outputs),
-        "writes": list(n.writes),
+        "stores": {k: list(v) for k, v in n.stores.items()},
         "attrs": {"class": type(n.attrs).__name__, **_encode_attrs(n.attrs)},
     }
 
 
-def _decode_node(item: str, raw: object) -> Node:
-    r = _record(item, raw, ("name", "op", "layer", "inputs", "outputs", "writes", "attrs"))
+def _encode_interface(face: Interface) -> dict[str, object]:
+    many = {k: list(getattr(face, k)) for k in ("inputs", "targets", "outputs", "losses")}
+    return {**many, "rate": face.rate or None}
+
+
+def _decode_interface(r: Mapping[str, Any], version: int) -> Interface:
+    if version == 1:
+        return Interface(_names("inputs", r["inputs"]), _names("outputs", r["outputs"]))
+    many = ("inputs", "outputs", "targets", "losses")
+    raw = _record("interface", r["interface"], (*many, "rate"))
+    rate = "" if raw["rate"] is None else _text("interface.rate", raw["rate"])
+    return Interface(rate=rate, **{k: _names(f"interface.{k}", raw[k]) for k in many})
+
+
+def _decode_node(item: str, raw: object, version: int) -> Node:
+    named = ("operands", "stores") if version > 1 else ("inputs", "writes")
+    r = _record(item, raw, ("name", "op", "layer", *named, "outputs", "attrs"))
     item = f"node {_text(f'{item}.name', r['name'])!r}"
     if not isinstance(r["attrs"], dict):
         _fail(f"{item}.attrs", f"an object, not {_kind(r['attrs'])}")
@@ -272,11 +289,44 @@ def _decode_node(item: str, raw: object) -> Node:
         op=_text(f"{item}.op", r["op"]),
         name=r["name"],
         layer=_text(f"{item}.layer", r["layer"]),
-        inputs=_names(f"{item}.inputs", r["inputs"]),
+        operands=_operands(item, "operands", r) if version > 1 else _by_position(item, r),
         outputs=_names(f"{item}.outputs", r["outputs"]),
         attrs=_decode_attrs(f"{item}.attrs", attrs, cls),
-        writes=_names(f"{item}.writes", r["writes"]),
+        stores=_operands(item, "stores", r) if version > 1 else Operands(),
     )
+
+
+def _operands(item: str, field: str, r: Mapping[str, Any]) -> Operands:
+    raw = r[field]
+    if not isinstance(raw, dict):
+        _fail(f"{item}.{field}", f"an object, not {_kind(raw)}")
+    known = {o.name for op in OPS.values() for o in (*op.operands, *op.stores)}
+    for name in raw:
+        if name not in known:
+            _fail(f"{item}.{field}", f"{_kind(name)} is an operand of no operator")
+    found = {name: _names(f"{item}.{field}.{name}", v) for name, v in raw.items()}
+    empty = [name for name, v in found.items() if not v]
+    if empty:
+        _fail(f"{item}.{field}.{empty[0]}", "names at least one value; what an operand lacks is left out")
+    return Operands(**found)
+
+
+_CONV2D = ("x", "weight", "bias")
+_POSITIONS: Mapping[str, Mapping[int, tuple[str, ...]]] = {
+    "conv2d": {3: _CONV2D, 4: (*_CONV2D, "scale")},
+    "add": {2: ("a", "b")},
+    "avg_pool": {1: ("x",)},
+    "dense": {3: ("x", "weight", "bias")},
+}
+"""Version 1 listed the inputs of a model's operators by position; it knew these."""
+
+
+def _by_position(item: str, r: Mapping[str, Any]) -> Operands:
+    names = _names(f"{item}.inputs", r["inputs"])
+    by_count = _POSITIONS.get(str(r["op"]), {})
+    if len(names) not in by_count or r["writes"] != []:
+        _fail(item, "this trainlet reads models of version 1, not training steps; compile the model anew")
+    return Operands(**dict(zip(by_count[len(names)], names, strict=True)))
 
 
 # --- attributes: encoded and decoded along the annotations of their fields -----------------------------------
@@ -338,26 +388,36 @@ _SIMPLE: Mapping[Any, Callable[[str, object], object]] = {int: _integer, float: 
 def _decode_graph(document: object, tensors: Callable[[tuple[str, ...], str], dict[str, Array]]) -> Graph:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         _fail("format", f"is {FORMAT!r} in the file of a graph")
-    if type(document.get("version")) is not int or document["version"] != VERSION:
-        _fail("version", f"this trainlet reads version {VERSION}, not {_kind(document.get('version'))}")
-    names = ("format", "version", "name", "stage", "inputs", "outputs", "tensors", "values", "nodes")
-    r = _record("the file", document, names)
+    version = document.get("version")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        _fail("version", f"this trainlet reads versions 1 to {VERSION}, not {_kind(version)}")
+    face = ("interface",) if version > 1 else ("inputs", "outputs")
+    r = _record("the file", document, ("format", "version", "name", "stage", *face, "tensors", "values", "nodes"))
     values: dict[str, Value] = {}
     for i, raw in enumerate(_some("values", r["values"], MAX_VALUES)):
-        v = _decode_value(f"values[{i}]", raw)
+        v = _decode_value(f"values[{i}]", raw, version)
         if v.name in values:
             _fail(f"value {v.name!r}", "is defined once")
         values[v.name] = v
     t = _record("tensors", r["tensors"], ("sha256", "names"))
+    data = tensors(_names("tensors.names", t["names"]), _text("tensors.sha256", t["sha256"]))
+    if version == 1:
+        values = {k: _drawn(v, data) for k, v in values.items()}
     return Graph(
         name=_text("name", r["name"]),
         stage=_member("stage", r["stage"], Stage),
-        inputs=_names("inputs", r["inputs"]),
-        outputs=_names("outputs", r["outputs"]),
+        interface=_decode_interface(r, version),
         values=values,
-        nodes=tuple(_decode_node(f"nodes[{i}]", raw) for i, raw in enumerate(_some("nodes", r["nodes"], MAX_NODES))),
-        data=tensors(_names("tensors.names", t["names"]), _text("tensors.sha256", t["sha256"])),
+        nodes=tuple(
+            _decode_node(f"nodes[{i}]", raw, version) for i, raw in enumerate(_some("nodes", r["nodes"], MAX_NODES))
+        ),
+        data=data,
     )
+
+
+def _drawn(v: Value, data: Mapping[str, Array]) -> Value:
+    """A state without data of version 1, which was the weight of a head: it is drawn."""
+    return replace(v, fan_in=v.shape[-1]) if v.kind is Kind.STATE and v.name not in data else v
 
 
 def _parse_tensors(path: Path, blob: bytes, names: tuple[str, ...], sha256: str) -> dict[str, Array]:

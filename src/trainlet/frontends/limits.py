@@ -10,7 +10,9 @@ from typing import Final
 import numpy as np
 
 from trainlet.errors import UnsupportedError
-from trainlet.ir.graph import Graph, Kind, Node, Stage, Value
+from trainlet.ir import Attrs, Graph, Kind, Node, Stage, Value
+from trainlet.ops import OPS, Add, Conv2d
+from trainlet.ops.roles import heads
 
 MAX_NODES: Final = 4096
 MAX_MODEL_NODES: Final = 512  # a model becomes several times as many nodes of a training step
@@ -28,8 +30,8 @@ MAX_MULTIPLIER: Final = 2.0**30  # beyond, every output would saturate
 _STEP: Final = frozenset(("label", "lr", "loss"))
 _PARTS: Final = frozenset((
     "bias_sgd", "channels", "db", "dw", "dx", "exp", "fraction", "frozen", "geometry", "grad", "kept", "mask",
-    "mask_grad", "mt", "mult", "pool_grad", "rate", "ready", "requant", "rho", "round", "sgd", "share", "shift",
-    "stages", "start", "stream", "trained", "update", "weight_sgd",
+    "mask_grad", "mt", "mult", "entered", "enter", "rate", "ready", "requant", "rho", "round", "sgd", "share", "shift",
+    "stages", "start", "depth_first", "winners", "trained", "update", "weight_sgd",
 ))  # fmt: skip
 """What a training step, and its C, put behind the names of a model's nodes and values."""
 _RENAME: Final = "rename it in the model"
@@ -90,14 +92,15 @@ def _check_model(graph: Graph) -> None:
     """A model has one image, one output, and constants; only its head may be a state, and without data."""
     if graph.stage not in MODEL_STAGES:
         return
-    heads = {name for n in graph.find("dense") for name in n.inputs[1:]}
-    if len(graph.inputs) != 1 or len(graph.outputs) != 1:
-        counts = f"{len(graph.inputs)} and {len(graph.outputs)}"
-        raise UnsupportedError(f"inputs and outputs: a model has one of each, not {counts}")
-    image = graph.values[graph.inputs[0]]
-    _need(len(image.shape) == 3, image, f"the input of a model is an image (H, W, C), not {image.shape}")
+    own = {node[p.operand] for node in heads(graph) for p in OPS[node.op].params}
+    if not graph.inputs or not graph.outputs:
+        raise UnsupportedError("inputs and outputs: a model has one of each at least")
+    if graph.interface.targets or graph.interface.rate or graph.interface.losses:
+        raise UnsupportedError("interface: a model has no targets, rate or losses, which belong to a training step")
+    for image in (graph.values[name] for name in graph.inputs):
+        _need(len(image.shape) == 3, image, f"the input of a model is an image (H, W, C), not {image.shape}")
     for v in graph.values.values():
-        _need(v.kind is not Kind.STATE or v.name in heads, v, "a model has no state but its head")
+        _need(v.kind is not Kind.STATE or v.name in own, v, "a model has no state but its head")
         _need(v.exponent is None, v, "a model has no gradient, so nothing in it has an exponent slot")
 
 
@@ -118,15 +121,15 @@ def _check_scales(graph: Graph) -> None:
         ok = v.q is None or _normal(v.q.scale)
         _need(ok, v, f"its scale lies within 2^-126 .. 2^126, where float32 is exact; it is {v.q and v.q.scale!r}")
     for node in graph.nodes:
-        rule = _SCALES.get(node.op)
+        rule = _SCALES.get(type(node.attrs))
         if rule is not None:
             rule(graph, node)
 
 
 def _check_conv_scales(graph: Graph, node: Node) -> None:
     """The multiplier of the forward pass, and the rates of both updates."""
-    x, y = graph.values[node.inputs[0]].q, graph.values[node.outputs[0]].q
-    scale = graph.data.get(node.inputs[3]) if x and y else None
+    x, y, name = graph.values[node["x"]].q, graph.values[node.output].q, node.get("scale")
+    scale = None if name is None else graph.data.get(name)
     if scale is None or x is None or y is None:
         return
     wide = scale.astype(np.float64)
@@ -142,14 +145,14 @@ def _check_conv_scales(graph: Graph, node: Node) -> None:
 
 
 def _check_add_scales(graph: Graph, node: Node) -> None:
-    a, b, y = (graph.values[n].q for n in (*node.inputs[:2], node.outputs[0]))
+    a, b, y = (graph.values[n].q for n in (node["a"], node["b"], node.output))
     if a is None or b is None or y is None:
         return
     worst = max(a.scale, b.scale) / y.scale
     _need(worst < MAX_MULTIPLIER, node, f"its scales make outputs {worst:g} times its inputs, which all saturate")
 
 
-_SCALES: Final[dict[str, Callable[[Graph, Node], None]]] = {"conv2d": _check_conv_scales, "add": _check_add_scales}
+_SCALES: Final[dict[type[Attrs], Callable[[Graph, Node], None]]] = {Conv2d: _check_conv_scales, Add: _check_add_scales}
 
 
 # --- names ------------------------------------------------------------------------------------------------------
@@ -160,7 +163,7 @@ def names_of_step(graph: Graph) -> Callable[[str], bool]:
     nodes = {n.name for n in graph.nodes}
     bases = nodes | graph.values.keys()
     # an addition's table, and what quantizing makes for a convolution
-    scaled = {n.name for n in graph.nodes if n.op == "add" or graph.stage is Stage.FLOAT}
+    scaled = {n.name for n in graph.nodes if isinstance(n.attrs, Add) or graph.stage is Stage.FLOAT}
 
     def taken(name: str) -> bool:
         rest = name.removeprefix("row.")  # a function that makes a row is called after its node

@@ -8,19 +8,17 @@ remains of the model's error is rounding: docs/arithmetic.md says how the intege
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainlet.attrs import Add, Attrs, Conv2d
 from trainlet.errors import UnsupportedError, UsageError
-from trainlet.frontends.common import DEAD_RATIO, check_sums
-from trainlet.ir import Image
-from trainlet.ir.graph import Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
-from trainlet.ops import fan_in
+from trainlet.ir import Array, Graph, GraphBuilder, Image, Kind, Node, QParams, Stage, Value
+from trainlet.ops import OPS, No
+from trainlet.ops.quantization import range_qparams as range_qparams
 from trainlet.reference import run
 from trainlet.verify import verify_graph
 
@@ -28,8 +26,6 @@ PIXELS: Final = QParams(1 / 255, -128)
 """The input of a model that was trained on pixels from 0 to 1, as int8 images hold them (q = pixel - 128)."""
 
 _BATCH: Final = 32  # images that calibration runs at once
-_ROOM: Final = float(1 << 29)  # biases stay below it, so that 32-bit sums have room
-_MAX_MULTIPLIER: Final = 2.0**30  # beyond, every output would saturate
 
 Range = tuple[float, float]
 Floats = NDArray[np.float64]
@@ -69,13 +65,13 @@ def calibrate(graph: Graph, images: Image, input_q: QParams = PIXELS) -> dict[st
     """The smallest and the largest number that each activation of a FLOAT ``graph`` takes over int8 ``images`` (N, H,
     W, C), which stand for the reals that ``input_q`` says. UsageError where there is no image, or one that does not
     fit, or a number that is not finite."""
-    shape = graph.values[graph.inputs[0]].shape
+    shape = graph.image.shape
     if images.ndim != 4 or images.shape[1:] != shape or images.dtype != np.int8:
         wanted = f"int8 images (N, {', '.join(map(str, shape))})"
         raise UsageError(f"{graph.name}: calibration takes {wanted}, not {images.dtype} {images.shape}")
     if not len(images):
         raise UsageError(f"{graph.name}: there is no image to calibrate with; give some of the training images")
-    layers = {n.outputs[0]: n.layer for n in graph.nodes}
+    layers = {n.output: n.layer for n in graph.nodes}
     found: dict[str, Range] = {}
     for first in range(0, len(images), _BATCH):
         reals = (images[first : first + _BATCH].astype(np.float64) - input_q.zero) * input_q.scale
@@ -89,136 +85,54 @@ def calibrate(graph: Graph, images: Image, input_q: QParams = PIXELS) -> dict[st
     return found
 
 
-def range_qparams(layer: str, found: Range) -> QParams:
-    """Scale and zero point that reach over ``found`` and hold 0 exactly, as padding and activations need it.
-    UsageError where the range is nothing but 0."""
-    low, high = min(found[0], 0.0), max(found[1], 0.0)
-    scale = (high - low) / 255
-    if not scale > 0:
-        raise UsageError(
-            f"{layer}: its output is 0 for all calibration images, so it has no range; give more varied images, or "
-            "remove the layer"
-        )
-    return QParams(scale, max(-128, min(127, round(-128 - low / scale))))
-
-
-def _integer_clamp(clamp: Range | None, q: QParams) -> Range:
-    """The same bounds in integers; those of int8 where there are none."""
-    low, high = clamp or (-math.inf, math.inf)
-    return max(-128, _near(low, q)), min(127, _near(high, q))
-
-
-def _near(real: float, q: QParams) -> int:
-    return q.zero + round(max(-512.0, min(512.0, real / q.scale)))
-
-
-# --- weights ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """Integers of a convolution, output channels first."""
-
-    weight: NDArray[np.int8]
-    bias: NDArray[np.int32]
-    scale: NDArray[np.float32]
-    dead: tuple[int, ...]
-
-
-def _quantize_weights(layer: str, w: Floats, b: Floats, x_scale: float, per_channel: bool) -> _Weights:
-    largest = np.abs(w).reshape(len(w), -1).max(axis=1)
-    if not largest.max() > 0:
-        raise UsageError(f"{layer}: all its weights are 0, so they have no scale; remove the layer")
-    scale = largest / 127 if per_channel else np.full(len(w), largest.max() / 127)
-    dead = np.flatnonzero(scale < DEAD_RATIO * scale.max())
-    scale[dead] = scale.max()
-    # a channel with tiny weights and a large bias gives up the weights' precision, which the bias drowns anyway
-    scale = np.maximum(scale, np.abs(b) / (x_scale * _ROOM)).astype(np.float32)
-    wide = scale.astype(np.float64)
-    q = np.clip(np.rint(w / wide.reshape(-1, *[1] * (w.ndim - 1))), -127, 127).astype(np.int8)
-    q[dead] = 0
-    bias = np.rint(b / (wide * x_scale)).astype(np.int32)
-    return _Weights(q, bias, scale, tuple(map(int, dead)))
-
-
 # --- nodes ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Walk:
-    """The INT8 graph in progress, and what its nodes are made from."""
+    """The INT8 graph in progress, and what its nodes are made from (``ops.op.Quantizer``)."""
 
     graph: Graph
     ranges: Mapping[str, Range]
     per_channel: bool
     g: GraphBuilder
 
+    def value(self, name: str) -> Value:
+        return self.g.values[name]
+
     def q(self, name: str) -> QParams:
         q = self.g.values[name].q
         assert q is not None, "the order of the nodes makes every input before it is read"
         return q
 
-    def emit(self, node: Node, inputs: tuple[str, ...], attrs: Attrs, q: QParams) -> None:
-        out = self.graph.values[node.outputs[0]]
-        self.g.emit(replace(node, inputs=inputs, attrs=attrs), replace(out, dtype="s8", q=q))
+    def data(self, name: str) -> Array:
+        return self.graph.data[name]
 
+    def const(self, name: str, data: Array, dtype: str) -> str:
+        return self.g.const(name, data, dtype)
 
-def _conv(walk: _Walk, node: Node) -> None:
-    attrs, x = node.attrs, walk.q(node.inputs[0])
-    assert isinstance(attrs, Conv2d)
-    w, b = (walk.graph.data[n].astype(np.float64) for n in node.inputs[1:3])
-    made = _quantize_weights(node.layer, w, b, x.scale, walk.per_channel)
-    check_sums(node.layer, made.bias, fan_in(attrs, walk.g.values[node.inputs[0]].shape[2]))
-    y = range_qparams(node.layer, walk.ranges[node.outputs[0]])
-    if not x.scale * float(made.scale.max()) / y.scale < _MAX_MULTIPLIER:
-        raise UsageError(f"{node.layer}: its weights are so large that every output saturates; train the model again")
-    inputs = (
-        node.inputs[0],
-        walk.g.const(node.inputs[1], made.weight, "s8"),
-        walk.g.const(node.inputs[2], made.bias, "s32"),
-        walk.g.const(f"{node.name}.scale", made.scale, "f32"),
-    )
-    walk.emit(node, inputs, replace(attrs, clamp=_integer_clamp(attrs.clamp, y), dead=made.dead), y)
+    def carry(self, name: str) -> None:
+        if name not in self.g.values:
+            self.g.add(self.graph.values[name], self.graph.data.get(name))
 
+    def range(self, node: Node) -> Range:
+        return self.ranges[node.output]
 
-def _add(walk: _Walk, node: Node) -> None:
-    attrs = node.attrs
-    assert isinstance(attrs, Add)
-    y = range_qparams(node.layer, walk.ranges[node.outputs[0]])
-    walk.emit(node, node.inputs, replace(attrs, clamp=_integer_clamp(attrs.clamp, y)), y)
-
-
-def _pool(walk: _Walk, node: Node) -> None:
-    walk.emit(node, node.inputs, node.attrs, walk.q(node.inputs[0]))
-
-
-def _dense(walk: _Walk, node: Node) -> None:
-    """Stays as it is; it reads int8 features and puts their scale in."""
-    if node is not walk.graph.nodes[-1]:
-        raise UnsupportedError(f"{node.layer}: a dense layer is supported at the end of a model only; use convolutions")
-    for name in node.inputs[1:]:
-        walk.g.add(walk.graph.values[name], walk.graph.data.get(name))
-    walk.g.emit(node, walk.graph.values[node.outputs[0]])
-
-
-_RULES: Final[Mapping[str, Callable[[_Walk, Node], None]]] = {
-    "conv2d": _conv,
-    "add": _add,
-    "avg_pool": _pool,
-    "dense": _dense,
-}
+    def emit(self, node: Node, q: QParams | None) -> None:
+        out = self.graph.values[node.output]
+        self.g.emit(node, out if q is None else replace(out, dtype="s8", q=q))
 
 
 def _check(graph: Graph) -> None:
     if graph.stage is not Stage.FLOAT:
         raise UsageError(f"{graph.name}: a graph of stage {graph.stage}; give one of stage float to quantize")
-    for node in graph.nodes:
-        if node.op not in _RULES:
-            known = ", ".join(_RULES)
-            raise UnsupportedError(f"{node.layer}: {node.op!r} cannot be quantized; models are made of {known}")
     verify_graph(graph)
-    for node in graph.find("conv2d"):
-        missing = [n for n in node.inputs[1:] if graph.values[n].kind is not Kind.CONST]
+    for node in graph.nodes:
+        rule = OPS[node.op].quantize
+        if isinstance(rule, No):
+            raise UnsupportedError(f"{node.layer}: {node.op!r} cannot be quantized, since {rule.why}")
+        params = [node[p.operand] for p in OPS[node.op].params if not p.always]
+        missing = [name for name in params if graph.values[name].kind is not Kind.CONST]
         if missing:
             raise UnsupportedError(f"{node.layer}: {missing[0]!r} is no constant; quantize before training")
 
@@ -234,7 +148,9 @@ def quantize(graph: Graph, images: Image, input_q: QParams = PIXELS, *, per_chan
     name = graph.inputs[0]
     walk.g.add(Value(name, graph.values[name].shape, "s8", Kind.INPUT, input_q))
     for node in graph.nodes:
-        _RULES[node.op](walk, node)
+        rule = OPS[node.op].quantize
+        assert not isinstance(rule, No), "_check has refused it"
+        rule(walk, node)
     made = walk.g.build(Stage.INT8, graph.outputs)
     verify_graph(made)
     return made

@@ -2,7 +2,7 @@
 """The text form of a graph: stable, one line per value that a node does not make and one per node. For reading, for
 golden files and for diffs; ``irfile`` is what loads again.
 
-    %conv.5.y : s8[64,64,48] q(0.0235, -128) = conv2d(%x, @conv.5.weight, ...) {kernel=(3, 3)}  # blocks.1.depthwise
+    %conv.5.y : s8[64,64,48] q(0.0235, -128) = conv2d(x=%x, weight=@conv.5.weight, ...) {kernel=(3, 3)}  # blocks.1
 
 ``%`` marks inputs and activations, ``@`` constants, ``$`` states. Attributes at their default are left out. A comment
 that reads ``# conv.5 of blocks.1`` names node and layer, one that reads ``# conv.5`` both.
@@ -14,8 +14,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import fields
 
-from trainlet.attrs import Attrs
-from trainlet.ir.graph import Array, Graph, Kind, Node, Value
+from trainlet.ir.graph import Array, Attrs, Graph, Kind, Node, Operands, Value
 
 _SIGIL = {Kind.INPUT: "%", Kind.ACTIVATION: "%", Kind.CONST: "@", Kind.STATE: "$"}
 
@@ -27,8 +26,10 @@ def to_text(graph: Graph) -> str:
 
 def _lines(graph: Graph) -> Iterator[str]:
     yield f"graph {graph.name} {graph.stage.value}"
-    for name in graph.inputs:
-        yield f"input {_typed(graph.values[name])}"
+    face = graph.interface
+    roles = (("input", face.inputs), ("target", face.targets), ("rate", (face.rate,) if face.rate else ()))
+    for role, names in roles:
+        yield from (f"{role} {_typed(graph.values[name])}" for name in names)
     for kind in (Kind.CONST, Kind.STATE):
         for v in graph.values.values():
             if v.kind is kind:
@@ -36,7 +37,8 @@ def _lines(graph: Graph) -> Iterator[str]:
                 yield f"{kind.value} {_typed(v)}" + ("" if data is None else f" = {digest(data)}")
     for node in graph.nodes:
         yield _node(graph, node)
-    yield f"return {', '.join(_ref(graph, name) for name in graph.outputs)}"
+    losses = f" loss {', '.join(_ref(graph, name) for name in face.losses)}" if face.losses else ""
+    yield f"return {', '.join(_ref(graph, name) for name in face.outputs)}{losses}"
 
 
 def digest(data: Array) -> str:
@@ -56,21 +58,29 @@ def _typed(v: Value) -> str:
         text += f" q({float(v.q.scale)!r}, {v.q.zero})"
     if v.exponent is not None:
         text += f" e{v.exponent}"
+    if v.fan_in is not None:
+        text += f" random({v.fan_in})"
     return text
 
 
 def _node(graph: Graph, node: Node) -> str:
     made = ", ".join(_typed(graph.values[n]) if n in graph.values else f"?{n}" for n in node.outputs)
     text = f"{made} = " if made else ""
-    text += f"{node.op}({', '.join(_ref(graph, n) for n in node.inputs)})"
-    if node.writes:
-        text += f" -> {', '.join(_ref(graph, n) for n in node.writes)}"
+    text += f"{node.op}({_named(graph, node.operands)})"
+    if node.stores:
+        text += f" -> {_named(graph, node.stores)}"
     if node.overwrites:
         text += f" over {_ref(graph, node.overwrites)}"
+    if node.kernel:
+        text += f" by {node.kernel}"
     attrs = _attrs(node.attrs)
     if attrs:
         text += f" {{{attrs}}}"
     return f"{text}  # {node.name}" + ("" if node.name == node.layer else f" of {node.layer}")
+
+
+def _named(graph: Graph, operands: Operands) -> str:
+    return ", ".join(f"{k}={'+'.join(_ref(graph, v) for v in values)}" for k, values in operands.items())
 
 
 def _attrs(attrs: Attrs) -> str:

@@ -14,18 +14,18 @@ from trainlet.compiler import Passes, compile_model
 from trainlet.errors import UnsupportedError
 from trainlet.ir.graph import Graph
 from trainlet.session.emulator import EmulatorSession
-from trainlet.toolchain.package import LR, synthetic_image
 from trainlet.toolchain.targets import Target
+from trainlet.toolchain.vectors import LR, synthetic_image
 from trainlet.train.statefile import state_sha256
 
-_NONE: Final = Passes(fuse=False, reorder=False, inplace=False, stream=False, by_rows=False)
+_NONE: Final = Passes(fuse=False, reorder=False, inplace=False, depth_first=False, by_rows=False)
 STAGES: Final = (
     ("full update", True, _NONE),
     ("+ sparse update", False, _NONE),
-    ("+ reorder", False, Passes(fuse=False, inplace=False, stream=False, by_rows=False)),
-    ("+ fuse", False, Passes(inplace=False, stream=False, by_rows=False)),
-    ("+ in place", False, Passes(stream=False, by_rows=False)),
-    ("+ stream", False, Passes(by_rows=False)),
+    ("+ reorder", False, Passes(fuse=False, inplace=False, depth_first=False, by_rows=False)),
+    ("+ fuse", False, Passes(inplace=False, depth_first=False, by_rows=False)),
+    ("+ in place", False, Passes(depth_first=False, by_rows=False)),
+    ("+ depth first", False, Passes(by_rows=False)),
     ("+ image by rows", False, Passes()),
 )
 """Name, whether everything trains, passes."""
@@ -60,9 +60,9 @@ def ablate(model: Graph, scheme: UpdateScheme, chip: Target) -> Iterator[Step]:
 
 
 def _measure(name: str, model: Graph, scheme: UpdateScheme, passes: Passes, chip: Target) -> Step:
-    compiled = compile_model(model, scheme, passes)
+    compiled = compile_model(model, scheme, passes=passes)
     session = EmulatorSession(compiled, chip, seed=0)
-    session.train_step(synthetic_image(model.values[model.inputs[0]].shape, 0), 0, LR)
+    session.train_step(synthetic_image(model.image.shape, 0), 0, LR)
     facts = session.facts()
     return Step(
         name,

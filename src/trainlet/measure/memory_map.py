@@ -8,13 +8,15 @@ from html import escape
 from typing import Final
 
 from trainlet.emit import Compiled
-from trainlet.ir.graph import Graph
+from trainlet.emit.statement import label
+from trainlet.ir import Graph
+from trainlet.ops.roles import loss_of
 from trainlet.plan.arena import Block, lifetimes, loads
 
 KINDS: Final = {
     "forward": ("forward activation", "#7fb2d9"),
     "kept": ("kept for the backward pass", "#1f5f99"),
-    "ring": ("rows of a stream", "#9ad1b8"),
+    "ring": ("rows of a depth-first run", "#9ad1b8"),
     "gradient": ("gradient", "#d98a4e"),
     "scratch": ("scratch", "#b9b9b9"),
 }
@@ -40,7 +42,7 @@ def buffers(compiled: Compiled) -> list[Buffer]:
     graph, plan = compiled.graph, compiled.plan
     flat = graph.flat()
     layers = {o: n.layer for n in (*graph.nodes, *flat.nodes) for o in (*n.outputs, n.name)}
-    loss = next((i for i, n in enumerate(graph.nodes) if n.op == "softmax_xent"), len(graph.nodes))
+    loss = next((i for i, n in enumerate(graph.nodes) if n is loss_of(graph)), len(graph.nodes))
     made = []
     for b in lifetimes(graph):
         begin = (plan.scratch_offsets if b.scratch else plan.offsets)[b.name]
@@ -103,11 +105,11 @@ def memory_svg(compiled: Compiled) -> str:
 
 def _legend() -> list[str]:
     found, at = [], _LEFT
-    for label, color in KINDS.values():
+    for text, color in KINDS.values():
         y = _TOP + _HEIGHT + 30
         found.append(f'<rect x="{at}" y="{y}" width="12" height="12" fill="{color}"/>')
-        found.append(f'<text x="{at + 17}" y="{y + 10}">{label}</text>')
-        at += 40 + 7 * len(label)
+        found.append(f'<text x="{at + 17}" y="{y + 10}">{text}</text>')
+        at += 40 + 7 * len(text)
     return found
 
 
@@ -115,7 +117,7 @@ def _peak_list(graph: Graph, made: list[Buffer], peak: int) -> list[str]:
     """The buffers that exist at the peak, the largest first."""
     alive = sorted((b for b in made if b.first <= peak <= b.last), key=lambda b: -b.nbytes)
     node = graph.nodes[peak] if 0 <= peak < len(graph.nodes) else None
-    what = f"{node.layer}: {node.op}" if node else "while the image is delivered"
+    what = label(node) if node else "while the image is delivered"
     lines = [f"at the peak, {max(loads(graph))} bytes:", what, ""]
     lines += [f"{b.nbytes:>7}  {b.layer}{' (scratch)' if b.kind == 'scratch' else ''}" for b in alive[:_LISTED]]
     rest = alive[_LISTED:]

@@ -8,7 +8,6 @@ Kernels, plan and order of the nodes stay what they are; only the emitted sequen
 from __future__ import annotations
 
 import ctypes
-import re
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +15,9 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any, Final
 
-from trainlet.attrs import Stream
 from trainlet.emit import Compiled
-from trainlet.emit.emitter import comment
-from trainlet.ir.graph import Kind, Node
+from trainlet.emit.statement import label
+from trainlet.ir import DepthFirst, Kind, Node
 from trainlet.measure.validate import SEED, run_step, synthetic_step
 from trainlet.session.host import HostSession
 from trainlet.session.mailbox import DeviceSession
@@ -27,11 +25,10 @@ from trainlet.toolchain.targets import MIB, Pool, Target
 
 _PROBE: Final = "tl_port_probe"
 _DECLARED: Final = f"void {_PROBE}(const tl_context *c, int32_t point, int32_t row);\n"
-_NODE: Final = re.compile(r"    /\* (?P<node>.*) \*/")
 _ROOM: Final = 4 * MIB  # of either memory: the added calls need flash and stack
 
 Event = tuple[int, int, int]
-"""Point, row of a stream (-1: the whole node), CRC-32 of what was written."""
+"""Point, row of a depth-first run (-1: the whole node), CRC-32 of what was written."""
 
 Make = Callable[[Compiled, Target], DeviceSession]
 
@@ -47,24 +44,15 @@ class Probed:
 
 def instrument(compiled: Compiled) -> Probed:
     """The same model with the calls."""
-    prefix = compiled.sources.prefix
-    points: list[str] = []
-    lines: list[str] = []
-    row, open_node = "-1", False
-    for line in compiled.sources.files[f"{prefix}.c"].splitlines(keepends=True):
-        lines.append(line)
-        if line.startswith("static "):
-            row = "y" if "int32_t y)" in line else "-1"
-        elif m := _NODE.fullmatch(line.rstrip("\n")):
-            points.append(m["node"])
-            open_node = True
-        elif open_node and line.endswith("; }\n"):
-            lines.append(f"    {_PROBE}(c, {len(points) - 1}, {row});\n")
-            open_node = False
+    prefix, nodes = compiled.sources.prefix, compiled.sources.nodes
+    lines = compiled.sources.files[f"{prefix}.c"].splitlines(keepends=True)
+    for point, n in reversed([*enumerate(nodes)]):
+        lines.insert(n.last, f"    {_PROBE}(c, {point}, {'y' if n.by_row else '-1'});\n")
     text = "".join(lines).replace(f'#include "{prefix}_data.h"\n', f'#include "{prefix}_data.h"\n{_DECLARED}', 1)
     probe = (resources.files("trainlet") / "csrc" / "emulator" / "probe.c").read_text()
     files = {**compiled.sources.files, f"{prefix}.c": text, "probe.c": probe}
-    return Probed(replace(compiled, sources=replace(compiled.sources, files=files)), tuple(points))
+    points = tuple(n.label for n in nodes)
+    return Probed(replace(compiled, sources=replace(compiled.sources, files=files)), points)
 
 
 # --- what a node has written ------------------------------------------------------------------------------------
@@ -90,23 +78,22 @@ class Piece:
 def written(compiled: Compiled) -> dict[str, list[Piece]]:
     """What the nodes write, by "layer: operator"; nodes of the same layer and operator share an entry."""
     found: defaultdict[str, list[Piece]] = defaultdict(list)
-    rings = {v: r for n in compiled.graph.nodes if isinstance(n.attrs, Stream) for v, r in n.attrs.rings}
     flat = compiled.graph.flat()
-    for n in (*flat.nodes, *compiled.graph.find("stream")):
-        found[f"{comment(n.layer)}: {n.op}"] += _pieces(compiled, flat.values, n, rings)
+    for n in (*flat.nodes, *(n for n in compiled.graph.nodes if isinstance(n.attrs, DepthFirst))):
+        found[label(n)] += _pieces(compiled, flat.values, n)
     return dict(found)
 
 
-def _pieces(compiled: Compiled, values: Any, node: Node, rings: dict[str, int]) -> Iterator[Piece]:
+def _pieces(compiled: Compiled, values: Any, node: Node) -> Iterator[Piece]:
     for name in node.outputs:
         v = values[name]
         if v.exponent is not None:
             yield Piece("exponent", 2 * v.exponent, 2)
         if v.kind is not Kind.ACTIVATION or name not in compiled.plan.offsets:
             continue
-        whole = compiled.plan.offsets[name]
-        rows = rings.get(name, v.shape[0]) if len(v.shape) == 3 else 0
-        yield Piece("arena", whole, v.nbytes, rows, v.nbytes // v.shape[0] if rows else 0)
+        place = compiled.plan.places[name]
+        rows = place.ring if len(v.shape) == 3 else 0
+        yield Piece("arena", place.offset, v.nbytes, rows, v.nbytes // v.shape[0] if rows else 0)
     for name in node.writes:
         yield Piece("state", compiled.layout.offsets[name], values[name].nbytes)
 

@@ -4,10 +4,9 @@ Training and inference alone are two programs, linked and run the same way."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -19,7 +18,6 @@ from trainlet.measure.cycles import CORE, LEFT_OUT, CycleEstimate, estimate
 from trainlet.session.emulator import EmulatorSession
 from trainlet.toolchain.chip import Firmware
 from trainlet.toolchain.host import kernel_sources
-from trainlet.toolchain.package import LR, synthetic_image
 from trainlet.toolchain.sizes import (
     FLASH_PURPOSES,
     OTHER,
@@ -31,10 +29,10 @@ from trainlet.toolchain.sizes import (
     spread,
 )
 from trainlet.toolchain.targets import Target
+from trainlet.toolchain.vectors import LR, synthetic_image
 
 SEED: Final = 0
 _WIDEST: Final = 8  # the largest alignment of a section
-_PLAIN_TABLE: Final = re.compile(r"static const (?:u?int\d+_t|float) (\w+)\[")
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,9 @@ class Work:
     for what belongs to none; ``executions`` of each halfword of flash."""
 
     instructions: int
-    nodes: Mapping[str, int]
-    functions: Mapping[str, int]
-    executions: NDArray[np.int64]
+    nodes: Mapping[str, int] = field(repr=False)
+    functions: Mapping[str, int] = field(repr=False)
+    executions: NDArray[np.int64] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,7 @@ class Program:
             "state_bytes": self.compiled.state_bytes,
             **{f"ram_{k}_bytes": v for k, v in self.ram.items()},
             "stack_reserved_bytes": self.firmware.stack_bytes,
+            "sram_needed_bytes": self.firmware.sram_bytes,
             **{f"flash_{k}_bytes": v for k, v in self.flash.items()},
             "sections": self.firmware.sections,
         }
@@ -96,31 +95,13 @@ class Measurement:
 # --- flash by purpose -------------------------------------------------------------------------------------------
 
 
-def table_purposes(compiled: Compiled) -> dict[str, str]:
-    """Purpose of each constant that the emitted C names."""
-    prefix = compiled.sources.prefix
-    plain = set(_PLAIN_TABLE.findall(compiled.sources.files[f"{prefix}_data.h"]))
-    weights = {n.inputs[1] for n in compiled.train.find("conv2d")}
-
-    def purpose(name: str, symbol: str) -> str:
-        base, _, last = name.rpartition(".")
-        if name in weights or base in weights:  # as they are, or a part or another order of them
-            return "weights"
-        if symbol not in plain:
-            return "constants"
-        return "initial_state" if last == "start" else "tables"
-
-    named = {symbol: purpose(name, symbol) for name, symbol in compiled.sources.symbols.items()}
-    return {**named, "model": "constants", "start": "constants"}
-
-
 def flash_by_purpose(firmware: Firmware, compiled: Compiled) -> dict[str, int]:
     """All bytes of flash by purpose (FLASH_PURPOSES): each section by its symbols, and what lies between sections.
     MismatchError where that is not what the ELF loads."""
     engine = kernel_sources()
     emitted = range(firmware.symbols["tl_port_model"].address, firmware.symbols["tl_port_model_end"].address)
     code = code_purpose(engine, emitted)
-    constant = constant_purpose(table_purposes(compiled), f"{compiled.sources.prefix}.c", engine)
+    constant = constant_purpose(compiled.sources.purposes, f"{compiled.sources.prefix}.c", engine)
     kinds: dict[str, tuple[Purpose, str]] = {
         ".vectors": (code, OTHER),
         ".text": (code, OTHER),
@@ -177,7 +158,7 @@ def measure(compiled: Compiled, inference: Compiled, target: Target) -> Measurem
     """Links ``compiled`` and ``inference`` (compile_inference of the same model) for ``target`` and runs both there on
     a synthetic image. OverBudgetError where one does not fit, MismatchError where the two infer differently or a sum
     of bytes is wrong."""
-    shape = compiled.graph.values[compiled.graph.inputs[0]].shape
+    shape = compiled.graph.image.shape
     image = synthetic_image(shape, 0)
     trains, infers = (EmulatorSession(c, target, seed=SEED) for c in (compiled, inference))
     logits = trains.infer(image)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from trainlet.errors import MismatchError, TrainletError, UsageError
 from trainlet.ir import Image
 from trainlet.session import Session
-from trainlet.toolchain.package import LR, synthetic_image
+from trainlet.toolchain.vectors import LR, synthetic_image
 from trainlet.train.statefile import state_sha256
 
 SEED: Final = 17

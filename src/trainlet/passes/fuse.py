@@ -6,40 +6,12 @@ A rounding stays where it is; only the tensor between two nodes goes away.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
-from trainlet.attrs import Conv2dDw, Conv2dDx, FusedDb, FusedDw, FusedDx, RoundGrad, SgdBias, SgdWeight
-from trainlet.ir.graph import Graph, Node, Stage
+from trainlet.ir import Graph, Node, Stage
+from trainlet.ops import OPS
+from trainlet.ops.op import Fusion
 from trainlet.verify import verify_graph
-from trainlet.verify.graph import REFUSES
-
-
-def _dx(sums: Node, rounding: Node) -> Node:
-    assert isinstance(sums.attrs, Conv2dDx)
-    assert isinstance(rounding.attrs, RoundGrad)
-    inputs = (*sums.inputs, *rounding.inputs[2:])  # after (acc, w_scale)
-    attrs = FusedDx(sums.attrs, rounding.attrs)
-    return Node("conv2d_dx_round", rounding.name, rounding.layer, inputs, rounding.outputs, attrs, rounding.writes)
-
-
-def _dw(sums: Node, sgd: Node) -> Node:
-    assert isinstance(sums.attrs, Conv2dDw)
-    assert isinstance(sgd.attrs, SgdWeight)
-    inputs = (*sums.inputs, *sgd.inputs[1:])
-    return Node("conv2d_dw_sgd", sgd.name, sgd.layer, inputs, (), FusedDw(sums.attrs, sgd.attrs), sgd.writes)
-
-
-def _db(sums: Node, sgd: Node) -> Node:
-    assert isinstance(sgd.attrs, SgdBias)
-    inputs = (*sums.inputs, *sgd.inputs[1:])
-    return Node("conv2d_db_sgd", sgd.name, sgd.layer, inputs, (), FusedDb(sgd.attrs), sgd.writes)
-
-
-_PAIRS: Mapping[tuple[str, str], Callable[[Node, Node], Node]] = {
-    ("conv2d_dx", "round_grad"): _dx,
-    ("conv2d_dw", "sgd_weight"): _dw,
-    ("conv2d_db", "sgd_bias"): _db,
-}
 
 
 def fuse(graph: Graph) -> Graph:
@@ -49,13 +21,22 @@ def fuse(graph: Graph) -> Graph:
     neither: where a weight changes between the two."""
     nodes = list(graph.nodes)
     for first in graph.nodes:
-        readers = graph.consumers(first.outputs[0]) if first.outputs else ()
-        rule = _PAIRS.get((first.op, readers[0].op)) if len(readers) == 1 else None
+        readers = graph.consumers(first.outputs[0]) if len(first.outputs) == 1 else ()
+        rule = _fusion(graph, first, readers[0]) if len(readers) == 1 else None
         if rule is not None:
-            nodes = _merged(nodes, first, readers[0], rule(first, readers[0]))
+            nodes = _merged(nodes, first, readers[0], rule.make(first, readers[0]))
     lowered = graph.with_nodes(nodes, stage=Stage.LOWERED)
     verify_graph(lowered)
     return lowered
+
+
+def _fusion(graph: Graph, first: Node, reader: Node) -> Fusion | None:
+    """How the two become one, if ``reader`` reads what ``first`` makes there and nowhere else."""
+    made = first.output
+    if made in graph.interface.made or reader.inputs.count(made) != 1:
+        return None
+    rules = OPS[first.op].fusions
+    return next((f for f in rules if f.into == reader.op and reader.all(f.operand) == (made,)), None)
 
 
 def _merged(nodes: list[Node], first: Node, second: Node, both: Node) -> list[Node]:
@@ -74,7 +55,7 @@ def _may_run_before(node: Node, others: Sequence[Node]) -> bool:
     one of them that may refuse the step."""
     made = {v for n in others for v in n.outputs}
     read = {v for n in others for v in n.inputs}
-    refusal = any(n.op in REFUSES for n in others)
+    refusal = any(OPS[n.op].refuses for n in others)
     return made.isdisjoint(node.inputs) and read.isdisjoint(node.writes) and not (node.writes and refusal)
 
 

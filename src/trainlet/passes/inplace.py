@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from trainlet.attrs import Conv2d, FusedDx
-from trainlet.ir.graph import Graph, Kind, Node
+from trainlet.ir import Graph, Kind, Node
+from trainlet.ops import registry, sums_biases
 from trainlet.verify import verify_graph
 
 
@@ -27,33 +27,26 @@ def inplace(graph: Graph) -> Graph:
 
 def overwritable(graph: Graph, node: Node) -> tuple[str, ...]:
     """The inputs that the node's kernel may write over: activations of the output's shape and type."""
-    if not node.outputs or not _can_overwrite(node):
+    if len(node.outputs) != 1:
         return ()
-    y = graph.values[node.outputs[0]]
-    ins = [graph.values[v] for v in node.inputs[: 2 if node.op == "add" else 1]]
+    y = graph.values[node.output]
+    ins = [graph.values[v] for v in registry.overwritable(node)]
     return tuple(v.name for v in ins if v.kind is Kind.ACTIVATION and (v.shape, v.dtype) == (y.shape, y.dtype))
-
-
-def _can_overwrite(node: Node) -> bool:
-    conv = node.attrs.dx.conv if isinstance(node.attrs, FusedDx) else node.attrs
-    if isinstance(conv, Conv2d):
-        return conv.depthwise and conv.stride == (1, 1)
-    return node.op in ("add", "mask_grad")
 
 
 def _dies(graph: Graph, value: str, at: int) -> bool:
     """Whether node ``at`` reads ``value`` once, and nothing reads it later."""
     later = [n for n in graph.nodes[at + 1 :] if value in n.inputs]
-    return not later and graph.nodes[at].inputs.count(value) == 1 and value not in graph.outputs
+    return not later and graph.nodes[at].inputs.count(value) == 1 and value not in graph.interface.made
 
 
 def _biases_first(graph: Graph) -> list[Node]:
     nodes = list(graph.nodes)
-    for node in graph.find("conv2d_dx_round"):
-        if not overwritable(graph, node):
+    for node in graph.nodes:
+        if "g" not in node.operands or node["g"] not in overwritable(graph, node):
             continue
         at = nodes.index(node)
-        later = [n for n in nodes[at + 1 :] if node.inputs[0] in n.inputs]
-        if all(n.op == "conv2d_db_sgd" for n in later):
+        later = [n for n in nodes[at + 1 :] if node["g"] in n.inputs]
+        if all(sums_biases(n) and not n.outputs for n in later):
             nodes = [*nodes[:at], *later, node, *(n for n in nodes[at + 1 :] if n not in later)]
     return nodes

@@ -14,12 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from trainlet.errors import UnsupportedError
-from trainlet.ir.graph import Graph, Node
+from trainlet.ir import DepthFirst, Graph, Node
 from trainlet.passes.inplace import overwritable
 from trainlet.plan.arena import aligned, in_arena, node_scratch
-from trainlet.plan.prefix import prefix_length
+from trainlet.plan.sections import sections
 from trainlet.verify import verify_graph
-from trainlet.verify.graph import REFUSES
 
 WINDOW: Final = 10  # nodes whose orders are searched at once
 _SWEEPS: Final = 6
@@ -32,7 +31,8 @@ def reorder(graph: Graph, *, overwrites: bool = True) -> Graph:
     """The nodes of a verified TRAIN or LOWERED graph in an order whose peak is no larger, usually smaller; always the
     same one for the same graph. ``overwrites``: the pass ``inplace`` follows, so a node that may write over an input
     which it reads last needs no memory of its own. ``make_plan`` gives the peak of the result as its lower bound,
-    ``order_bound`` what no order can go below. Raises UnsupportedError for a graph that already has streams."""
+    ``order_bound`` what no order can go below. Raises UnsupportedError for a graph that already has depth-first
+    runs."""
     verify_graph(graph)
     moved = graph.with_nodes(n for s in _problems(graph, overwrites) for n in s.best())
     verify_graph(moved)
@@ -55,19 +55,13 @@ def _problems(graph: Graph, overwrites: bool) -> list[_Section]:
     return [_Section(graph, s, [n for t in sections[k:] for n in t], overwrites) for k, s in enumerate(sections, 1)]
 
 
-def _sections(graph: Graph) -> list[list[Node]]:
-    """Runs of nodes; nodes move only within their run. From the head to the last node that may refuse the step each is
-    one of its own, so that the same one speaks first."""
-    if graph.find("stream"):
-        raise UnsupportedError(f"{graph.name}: nodes inside streams are not reordered; run the pass 'stream' last")
-    nodes = list(graph.nodes)
-    ops = [n.op for n in nodes]
-    dense = max((i for i, op in enumerate(ops) if op == "dense"), default=len(ops))
-    end = 1 + max((i for i, op in enumerate(ops) if op in {"dense", *REFUSES}), default=len(ops) - 1)
-    cut = min(prefix_length(graph), dense)
-    head = [n for n in nodes[end:] if n.op == "dense_sgd"]
-    rest = [n for n in nodes[end:] if n.op != "dense_sgd"]
-    return [nodes[:cut], nodes[cut:dense], *([n] for n in nodes[dense:end]), head, rest]
+def _sections(graph: Graph) -> list[Sequence[Node]]:
+    """Runs of nodes; nodes move only within their run. From what the model gives to the last node that may refuse the
+    step each is one of its own, so that the same one speaks first."""
+    if any(isinstance(n.attrs, DepthFirst) for n in graph.nodes):
+        raise UnsupportedError(f"{graph.name}: nodes of depth-first runs are not reordered; run that pass last")
+    s = sections(graph)
+    return [s.prefix, s.forward[:-1], s.forward[-1:], *((n,) for n in s.gradient), s.head, s.backward]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +100,7 @@ class _Section:
         read: dict[str, int] = {}
         for i, n in enumerate(nodes):
             read.update({v: read.get(v, 0) | 1 << i for v in n.inputs})
-        later = {v for n in behind for v in n.inputs} | set(graph.outputs)
+        later = {v for n in behind for v in n.inputs} | set(graph.interface.made)
         not_yet = {v for n in behind for v in n.outputs}
         names = [v.name for v in graph.values.values() if in_arena(v) and v.name not in not_yet]
         self.buffers = [
@@ -266,5 +260,5 @@ def _before(node: Node, me: int, made: Mapping[str, int], read: Mapping[str, int
 def _over(graph: Graph, node: Node, overwrites: bool) -> list[tuple[str, int]]:
     """What the node writes over, or may once the pass ``inplace`` has run, and its scratch then."""
     may = (node.overwrites,) if node.overwrites else overwritable(graph, node) if overwrites else ()
-    may = tuple(v for v in may if node.inputs.count(v) == 1 and v not in graph.outputs)
+    may = tuple(v for v in may if node.inputs.count(v) == 1 and v not in graph.interface.made)
     return [(v, node_scratch(graph, replace(node, overwrites=v))) for v in may]

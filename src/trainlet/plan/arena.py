@@ -9,27 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
-from trainlet import scratch
-from trainlet.attrs import Conv2d, Conv2dDw, Conv2dDx, FusedDw, FusedDx, SgdWeight, Stream
-from trainlet.ir.graph import Graph, Kind, Node, Value
-from trainlet.ops import conv_out_hw
+from trainlet.ir import DepthFirst, Graph, Kind, Node, Value
+from trainlet.ops.registry import scratch_bytes
+from trainlet.plan.place import Place, Pool, place_of
 
 ALIGNMENT = 4
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes from the start of the arena. ``offsets`` and ``sizes`` by value, scratch by node; ``lower_bound`` is what
-    lives at once at the worst node, ``peak`` that node's index."""
+    """``places`` of what lies in the arena and the ``sizes`` of their blocks, in bytes, by value; scratch by node.
+    ``lower_bound`` is what lives at once at the worst node, ``peak`` that node's index."""
 
-    offsets: Mapping[str, int]
+    places: Mapping[str, Place]
     sizes: Mapping[str, int]
     scratch_offsets: Mapping[str, int]
     scratch_sizes: Mapping[str, int]
     arena_bytes: int
     lower_bound: int
     peak: int
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """Bytes from the start of the arena, by value."""
+        return {name: p.offset for name, p in self.places.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,94 +53,12 @@ def aligned(n: int) -> int:
     return (n + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 
-# --- scratch of a node ----------------------------------------------------------------------------------------
-
-
-def geometry(graph: Graph, node: Node) -> tuple[Conv2d, tuple[int, int, int], tuple[int, int, int]]:
-    """(conv, (H, W, C) of its input, (H, W, C) of its output) of a forward, input gradient or weight gradient node.
-    That of a weight gradient is the layer's, though only some channels of its input are kept."""
-    a = node.attrs
-    v = graph.values
-    dx = a.dx if isinstance(a, FusedDx) else a
-    if isinstance(dx, Conv2dDx):
-        h, w = dx.in_hw
-        shape = v[node.inputs[1]].shape
-        return dx.conv, (h, w, shape[3] * dx.conv.groups), (*conv_out_hw(dx.conv, h, w), shape[0])
-    if isinstance(a, Conv2dDw):
-        return geometry(graph, weight_update(graph, node))
-    if isinstance(a, FusedDw | SgdWeight):
-        layer = next(n for n in graph.find("conv2d") if node.writes[0] in n.inputs)
-        return geometry(graph, layer)
-    assert isinstance(a, Conv2d)
-    x, y = v[node.inputs[0]].shape, v[node.outputs[0]].shape
-    return a, (x[0], x[1], x[2]), (y[0], y[1], y[2])
-
-
-def weight_update(graph: Graph, node: Node) -> Node:
-    """The update that a weight gradient is for; it knows the layer, and which channels are kept."""
-    return next(n for n in graph.consumers(node.outputs[0]) if n.op == "sgd_weight")
-
-
-def _conv(graph: Graph, node: Node) -> int:
-    a, x, y = geometry(graph, node)
-    if ready_weights(graph, node):
-        return scratch.conv2d_packed_scratch(*x, *y, *a.kernel, a.groups, 0)
-    table = _DEPTHWISE if a.depthwise else _GENERAL
-    ring = scratch.depthwise_ring(x[1], (a.kernel[0] - 1) * a.dilation[0] + 1) if node.overwrites else 0
-    return table[node.op](*x, *y, *a.kernel, a.groups, _kept(node)) + ring
-
-
-def ready_weights(graph: Graph, node: Node) -> bool:
-    """Whether the weights lie in flash as the general forward kernel takes them: where nothing else reads them."""
-    general = node.op == "conv2d" and isinstance(node.attrs, Conv2d) and not node.attrs.depthwise
-    return general and len(node.inputs) == 4 and len(graph.consumers(node.inputs[1])) == 1
-
-
-def _kept(node: Node) -> int:
-    return node.attrs.dw.kept if isinstance(node.attrs, FusedDw) else 0
-
-
-_GENERAL: Mapping[str, Callable[..., int]] = {
-    "conv2d": scratch.conv2d_scratch,
-    "conv2d_dx_round": scratch.conv2d_dx_scratch,
-    "conv2d_dw_sgd": scratch.conv2d_dw_scratch,
-}
-_DEPTHWISE: Mapping[str, Callable[..., int]] = {
-    "conv2d": scratch.depthwise_scratch,
-    "conv2d_dx_round": scratch.depthwise_dx_scratch,
-    "conv2d_dw_sgd": scratch.depthwise_dw_scratch,
-}
-
-
-def _channels(graph: Graph, node: Node) -> int:
-    return 4 * graph.values[node.inputs[0]].shape[-1]
-
-
-SCRATCH: Mapping[str, Callable[[Graph, Node], int]] = {
-    "conv2d": _conv,
-    "conv2d_dx_round": _conv,
-    "conv2d_dw_sgd": _conv,
-    "conv2d_db_sgd": _channels,
-    "avg_pool": _channels,
-}
-"""Scratch in bytes of the operators that need some; the figures are the kernels' own (csrc/kernels/tl.h)."""
-
-
-def stream_counters(node: Node) -> int:
-    """Bytes at the beginning of a stream's scratch: how many rows there are, 16 bits for each node."""
-    assert isinstance(node.attrs, Stream)
-    return aligned(2 * len(node.attrs.nodes))
+# --- lifetimes --------------------------------------------------------------------------------------------------
 
 
 def node_scratch(graph: Graph, node: Node) -> int:
-    """Scratch of a node in bytes. That of a stream holds its counters and serves its nodes one after the other;
-    ``graph`` is flat."""
-    if isinstance(node.attrs, Stream):
-        return stream_counters(node) + max(node_scratch(graph, n) for n in node.attrs.nodes)
-    return aligned(SCRATCH[node.op](graph, node)) if node.op in SCRATCH else 0
-
-
-# --- lifetimes --------------------------------------------------------------------------------------------------
+    """Scratch of a node in bytes; ``graph`` is flat."""
+    return aligned(scratch_bytes(graph, node))
 
 
 def in_arena(v: Value) -> bool:
@@ -149,15 +72,15 @@ def rows_bytes(v: Value, rows: int) -> int:
 
 
 def lifetimes(graph: Graph) -> list[Block]:
-    """All buffers of the arena. Inputs exist from node -1, outputs of the graph to the end; the rings of a stream while
+    """All buffers of the arena. Inputs exist from node -1, outputs of the graph to the end; the rings of a run while
     it runs, and where it reads the image row by row also while that is delivered."""
     first = {name: i for i, n in enumerate(graph.nodes) for name in n.outputs}
     last = dict(first)
     for i, n in enumerate(graph.nodes):
         last.update(dict.fromkeys(n.inputs, i))
-    last.update(dict.fromkeys(graph.outputs, len(graph.nodes)))
-    streams = [(i, n.attrs) for i, n in enumerate(graph.nodes) if isinstance(n.attrs, Stream)]
-    rings = {v: (i, rows) for i, s in streams for v, rows in s.rings}
+    last.update(dict.fromkeys(graph.interface.made, len(graph.nodes)))
+    runs = [(i, n.attrs) for i, n in enumerate(graph.nodes) if isinstance(n.attrs, DepthFirst)]
+    rings = {v: (i, rows) for i, s in runs for v, rows in s.rings}
     flat = graph.flat()
     merged = {v: chain for chain in chains(graph) for v in chain}
     blocks = []
@@ -189,13 +112,13 @@ def chains(graph: Graph) -> list[dict[str, int]]:
         chain = next((c for c in found if n.overwrites in c), None)
         if chain is None:
             found.append(chain := {n.overwrites: 0})
-        chain[_overwriting(n)] = chain[n.overwrites] - (n.attrs.lead if isinstance(n.attrs, Stream) else 0)
+        chain[_overwriting(n)] = chain[n.overwrites] - (n.attrs.lead if isinstance(n.attrs, DepthFirst) else 0)
     return [{v: at - min(c.values()) for v, at in c.items()} for c in found]
 
 
 def _overwriting(node: Node) -> str:
-    """The output that takes the memory of an input: of a stream what its last node makes."""
-    return node.attrs.nodes[-1].outputs[0] if isinstance(node.attrs, Stream) else node.outputs[0]
+    """The output that takes the memory of an input: of a depth-first run what its last node makes."""
+    return node.attrs.nodes[-1].output if isinstance(node.attrs, DepthFirst) else node.output
 
 
 def _begin(graph: Graph, i: int) -> int:
@@ -204,10 +127,10 @@ def _begin(graph: Graph, i: int) -> int:
 
 
 def feeds(graph: Graph) -> Node | None:
-    """The stream that the image is delivered to, row by row; None where the image lies in the arena."""
+    """The depth-first run that the image is delivered to, row by row; None where the image lies in the arena."""
     first = graph.nodes[0] if graph.nodes else None
     a = first.attrs if first else None
-    return first if isinstance(a, Stream) and graph.inputs[0] in dict(a.rings) else None
+    return first if isinstance(a, DepthFirst) and graph.inputs[0] in dict(a.rings) else None
 
 
 def loads(graph: Graph) -> list[int]:
@@ -276,19 +199,24 @@ def place(blocks: Iterable[Block], bound: int) -> list[tuple[Block, int]]:
 
 
 def make_plan(graph: Graph) -> MemoryPlan:
-    """Plans the arena of a LOWERED graph (or of any graph whose operators' scratch is known)."""
+    """Plans the arena of a LOWERED graph whose kernels have been chosen."""
     blocks = lifetimes(graph)
     load = loads(graph)
     bound = max(load)
     best = place(blocks, bound)
     offsets = {b.name: at for b, at in best if not b.scratch}
+    buffers = {name: name for name in offsets}
     sizes = {b.name: b.size for b, _ in best if not b.scratch}
     for chain in chains(graph):
-        at = offsets[next(iter(chain))]
+        first = next(iter(chain))
+        at = offsets[first]
+        buffers |= dict.fromkeys(chain, first)
         offsets |= {v: at + inside for v, inside in chain.items()}
         sizes |= {v: aligned(graph.values[v].nbytes) for v in chain}
+    rings = {v: rows for n in graph.nodes if isinstance(n.attrs, DepthFirst) for v, rows in n.attrs.rings}
+    values = graph.flat().values
     return MemoryPlan(
-        offsets=offsets,
+        places={v: place_of(values[v], Pool.ARENA, buffers[v], at, rings.get(v)) for v, at in offsets.items()},
         sizes=sizes,
         scratch_offsets={b.name: at for b, at in best if b.scratch},
         scratch_sizes={b.name: b.size for b, _ in best if b.scratch},

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from trainlet.ir.graph import Graph, Kind
+from trainlet.ir import Graph, Kind
 
 
 def prefix_length(graph: Graph) -> int:
     """How many leading nodes depend on the image and on constants alone."""
     for i, n in enumerate(graph.nodes):
         touched = [graph.values[v] for v in (*n.inputs, *n.writes)]
-        if any(v.kind is Kind.STATE or v.name in ("label", "lr") for v in touched):
+        if any(v.kind is Kind.STATE or (v.kind is Kind.INPUT and v.name not in graph.inputs) for v in touched):
             return i
     return len(graph.nodes)
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trainlet.attrs import FusedDw, FusedDx, RoundGrad, SgdWeight
 from trainlet.errors import UsageError
-from trainlet.ir.graph import Array, Graph, Node, Value
-from trainlet.ops import dtype_bits
-from trainlet.verify.graph import MAX_BIAS, NUMPY_DTYPE
+from trainlet.ir import DTYPES, Array, Graph, Node, Value, dtype_bits
+from trainlet.ops import FusedDw, FusedDx, RoundGrad, SgdWeight
+from trainlet.ops.conv2d import MAX_BIAS
+from trainlet.plan.place import Place, Pool, place_of
 
 HEADER_BYTES = 8  # uint32 seed, uint32 step
 
@@ -25,6 +25,10 @@ class StateLayout:
 
     offsets: Mapping[str, int]
     nbytes: int
+
+    def places(self, graph: Graph) -> dict[str, Place]:
+        """Where each state lies."""
+        return {v: place_of(graph.values[v], Pool.STATE, v, at) for v, at in self.offsets.items()}
 
 
 def state_layout(graph: Graph) -> StateLayout:
@@ -58,10 +62,10 @@ def _packed(values: NDArray[np.int8]) -> NDArray[np.uint8]:
     return (flat[0::2] | flat[1::2] << 4).astype(np.uint8)
 
 
-def _stream(node: Node) -> int:
+def _site(node: Node) -> int:
     a = node.attrs
     assert isinstance(a, FusedDx | RoundGrad)
-    return a.round.stream if isinstance(a, FusedDx) else a.stream
+    return a.round.site if isinstance(a, FusedDx) else a.site
 
 
 def _fraction_bits(update: Node) -> int:
@@ -75,10 +79,10 @@ class StateCodec:
 
     def __init__(self, graph: Graph, layout: StateLayout) -> None:
         self.graph, self.layout = graph, layout
-        self._updates = {n.writes[0]: n for n in (*graph.find("conv2d_dw_sgd"), *graph.find("sgd_weight"))}
-        sites = sorted((*graph.find("conv2d_dx_round"), *graph.find("round_grad")), key=_stream)
-        self._rho = [n.writes[0] for n in sites]
-        fractions = {n.writes[1] for n in self._updates.values() if len(n.writes) > 1}
+        self._updates = {n.stores["weight"][0]: n for n in graph.nodes if isinstance(n.attrs, FusedDw | SgdWeight)}
+        roundings = sorted((n for n in graph.nodes if "rho" in n.stores), key=_site)
+        self._rho = [n.stores["rho"][0] for n in roundings]
+        fractions = {f for n in self._updates.values() if (f := n.updated("fraction"))}
         self._plain = [v.name for v in graph.states() if v.name not in {*self._updates, *fractions, *self._rho}]
 
     def _read(self, raw: bytes, name: str) -> Array:
@@ -87,7 +91,7 @@ class StateCodec:
         data = raw[at : at + v.nbytes]
         if v.dtype == "s4":
             return _nibbles(np.frombuffer(data, np.uint8), v.size).reshape(v.shape)
-        return np.frombuffer(data, np.dtype(NUMPY_DTYPE[v.dtype])).reshape(v.shape)
+        return np.frombuffer(data, np.dtype(DTYPES[v.dtype].numpy)).reshape(v.shape)
 
     def unpack(self, raw: bytes) -> dict[str, Array]:
         """Named arrays: ``conv.21.weight`` is the full form F = w 2^L + l of the channels ``conv.21.channels``."""
@@ -97,10 +101,11 @@ class StateCodec:
         arrays |= {name: self._read(raw, name).copy() for name in self._plain}
         for name, node in self._updates.items():
             full = self._read(raw, name).astype(np.int32) * (1 << _fraction_bits(node))
-            if len(node.writes) > 1:
-                full += self._read(raw, node.writes[1]).astype(np.int32)
+            fraction = node.updated("fraction")
+            if fraction:
+                full += self._read(raw, fraction).astype(np.int32)
             arrays[_weight_name(name)] = full
-            arrays[node.inputs[-1]] = self.graph.data[node.inputs[-1]]
+            arrays[node["channels"]] = self.graph.data[node["channels"]]
         return arrays
 
     def pack(self, arrays: Mapping[str, Array]) -> bytes:
@@ -143,7 +148,7 @@ class StateCodec:
         raw[at : at + v.nbytes] = flat
 
     def _write_weight(self, raw: NDArray[np.uint8], name: str, node: Node, arrays: Mapping[str, Array]) -> None:
-        channels = node.inputs[-1]
+        channels, fraction = node["channels"], node.updated("fraction")
         if not np.array_equal(arrays[channels], self.graph.data[channels]):
             raise UsageError(
                 f"{channels}: the state was trained on other input channels; use the model and scheme it came from"
@@ -154,8 +159,8 @@ class StateCodec:
             raise UsageError(f"{_weight_name(name)}: a weight lies outside +-127 x 2^{bits}; the state is damaged")
         w = (full + ((1 << bits) >> 1)) >> bits
         self._write(raw, name, w.astype(np.int8))
-        if bits:
-            self._write(raw, node.writes[1], (full - (w << bits)).astype(np.int8))
+        if fraction:
+            self._write(raw, fraction, (full - (w << bits)).astype(np.int8))
 
 
 def _weight_name(trained: str) -> str:

@@ -77,10 +77,10 @@ def mix(x: ArrayLike) -> NDArray[np.uint32]:
     return y.reshape(np.shape(x))
 
 
-def key(seed: int, step: int, stream: int) -> int:
+def key(seed: int, step: int, site: int) -> int:
     """The key of one rounding site in one step."""
     of_step = int(mix((seed + GOLDEN * step) & 0xFFFFFFFF))
-    return int(mix((of_step + stream) & 0xFFFFFFFF))
+    return int(mix((of_step + site) & 0xFFFFFFFF))
 
 
 def word(site: int, index: ArrayLike) -> NDArray[np.uint32]:

@@ -13,64 +13,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainlet.errors import UsageError
-from trainlet.ir.graph import Graph, Kind, Node, Value
+from trainlet.ir import DepthFirst, Graph, Kind, Node, Value
+from trainlet.ops import OPS
+from trainlet.ops.roles import enters
+from trainlet.reference import add, conv2d, dense, gradient, loss, pool, select
 from trainlet.reference.arithmetic import Tensor, key, word
-from trainlet.reference.backward import (
-    ref_avg_pool_dx,
-    ref_conv2d_db,
-    ref_conv2d_dw,
-    ref_conv2d_dx,
-    ref_conv2d_dx_round,
-    ref_dense_dx,
-    ref_mask_grad,
-    ref_round_grad,
-)
-from trainlet.reference.forward import (
-    ref_add,
-    ref_avg_pool,
-    ref_check_lr,
-    ref_clip_mask,
-    ref_conv2d,
-    ref_dense,
-    ref_select_channels,
-    ref_softmax_xent,
-)
 from trainlet.reference.rounding import EXACT, UNROUNDED, Rounding
 from trainlet.reference.run import Op, Run
-from trainlet.reference.update import (
-    ref_conv2d_db_sgd,
-    ref_conv2d_dw_sgd,
-    ref_dense_sgd,
-    ref_sgd_bias,
-    ref_sgd_weight,
-)
 
+_FAMILIES: Final = (add, conv2d, dense, gradient, loss, pool, select)
 REFERENCE: Final[Mapping[str, Op]] = {
-    "conv2d": ref_conv2d,
-    "add": ref_add,
-    "avg_pool": ref_avg_pool,
-    "dense": ref_dense,
-    "clip_mask": ref_clip_mask,
-    "select_channels": ref_select_channels,
-    "check_lr": ref_check_lr,
-    "softmax_xent": ref_softmax_xent,
-    "dense_dx": ref_dense_dx,
-    "dense_sgd": ref_dense_sgd,
-    "avg_pool_dx": ref_avg_pool_dx,
-    "mask_grad": ref_mask_grad,
-    "round_grad": ref_round_grad,
-    "conv2d_dx": ref_conv2d_dx,
-    "conv2d_dw": ref_conv2d_dw,
-    "conv2d_db": ref_conv2d_db,
-    "sgd_weight": ref_sgd_weight,
-    "sgd_bias": ref_sgd_bias,
-    "conv2d_dx_round": ref_conv2d_dx_round,
-    "conv2d_dw_sgd": ref_conv2d_dw_sgd,
-    "conv2d_db_sgd": ref_conv2d_db_sgd,
+    name.removeprefix("ref_"): function
+    for family in _FAMILIES
+    for name, function in vars(family).items()
+    if name.startswith("ref_")
 }
+"""The meaning of each operator: ``ref_<operator>`` of its family's file. A depth-first run means what its nodes
+mean."""
 
-HEAD_STREAM: Final = 0xFFFFFFFF
-FIRST_RHO: Final = 4
+_without = {n for n, op in OPS.items() if op.attrs is not DepthFirst} ^ REFERENCE.keys()
+if _without:
+    raise ImportError(f"operators without a meaning, or meanings without an operator: {', '.join(sorted(_without))}")
+
+HEAD_SITE: Final = 0xFFFFFFFF
 _BATCH_BYTES: Final = 32 << 20  # of the widest activation in int64, per batch of ``infer``
 
 
@@ -110,19 +75,16 @@ class StepResult:
 # --- state --------------------------------------------------------------------------------------------------
 
 
+def drawn(seed: int, shape: tuple[int, ...], fan_in: int) -> NDArray[np.float32]:
+    """The random numbers that a state without data starts from, within +-1/sqrt(fan_in)."""
+    words = word(key(seed, 0, HEAD_SITE), np.arange(math.prod(shape)))
+    unit = (words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1)
+    return (unit * np.float32(1.0 / math.sqrt(fan_in))).reshape(shape)
+
+
 def random_head(seed: int, classes: int, channels: int) -> NDArray[np.float32]:
     """The head that a session starts from, (classes, channels)."""
-    words = word(key(seed, 0, HEAD_STREAM), np.arange(classes * channels))
-    unit = (words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1)
-    return (unit * np.float32(1.0 / math.sqrt(channels))).reshape(classes, channels)
-
-
-def _role(graph: Graph, name: str) -> str:
-    """The operator that gives a state without data its meaning."""
-    if any(name == n.inputs[1] for n in graph.find("dense")):
-        return "dense"
-    writer = next((n for n in graph.nodes if name in n.writes), None)
-    return "" if writer is None else writer.op
+    return drawn(seed, (classes, channels), channels)
 
 
 def _first(graph: Graph, v: Value, seed: int) -> Tensor:
@@ -130,12 +92,9 @@ def _first(graph: Graph, v: Value, seed: int) -> Tensor:
     data = graph.data.get(v.name)
     if data is not None:
         return data
-    role = _role(graph, v.name)
-    if role == "dense":
-        return random_head(seed, *v.shape)
-    if role in ("round_grad", "conv2d_dx_round"):
-        return np.full(v.shape, FIRST_RHO, np.int8)
-    raise ValueError(f"state {v.name!r} has no initial value")
+    if v.fan_in is None:
+        raise ValueError(f"state {v.name!r} has no initial value")
+    return drawn(seed, v.shape, v.fan_in)
 
 
 def initial_state(graph: Graph, seed: int) -> TrainState:
@@ -193,9 +152,9 @@ def execute(run: Run, nodes: tuple[Node, ...]) -> None:
             silent.update(node.outputs)
             continue
         with np.errstate(all="ignore"):  # overflow to infinity is a result here, and is looked for
-            outputs = REFERENCE[node.op](run, node, [run.values[n] for n in node.inputs])
+            outputs = REFERENCE[node.op](run, node, node.bind(run.values))
         run.values.update(zip(node.outputs, outputs, strict=True))
-        if run.zero_gradient and node.op == "avg_pool_dx":
+        if run.zero_gradient and enters(node):
             silent.update(node.outputs)
 
 
@@ -229,15 +188,15 @@ def train_step(
     graph = graph.flat()
     real = np.float32 if rounding and not _is_real(graph) else np.float64
     with np.errstate(over="ignore"):
-        given = {graph.inputs[0]: image, "label": np.array([label], np.int32), "lr": np.array([lr]).astype(real)}
+        (x,), (target,), rate = graph.inputs, graph.interface.targets, graph.interface.rate
+        given = {x: image, target: np.array([label], np.int32), rate: np.array([lr]).astype(real)}
     r = start(graph, given, state, rounding)
     execute(r, graph.nodes)
     state.arrays = {n: r.values[n] for n in state.arrays}
     state.step = (state.step + 1) & 0xFFFFFFFF
-    loss = graph.find("softmax_xent")[0]
-    logits = r.values[loss.inputs[0]]
+    logits = r.values[graph.outputs[0]]
     return StepResult(
-        loss=float(r.values[loss.outputs[0]][0]),
+        loss=float(r.values[graph.interface.losses[0]].item()),
         logits=logits,
         prediction=int(logits.argmax()),
         saturated=r.saturated / max(r.rounded, 1),
@@ -262,7 +221,7 @@ def _needed(graph: Graph, name: str) -> tuple[Node, ...]:
 
 
 def _batches(graph: Graph, nodes: tuple[Node, ...], count: int) -> Iterator[slice]:
-    widest = max(graph.values[n].size for node in nodes for n in (*node.inputs[:1], *node.outputs))
+    widest = max(graph.values[n].size for node in nodes for n in node.outputs)
     size = max(1, _BATCH_BYTES // (8 * widest))
     for first in range(0, count, size):
         yield slice(first, first + size)

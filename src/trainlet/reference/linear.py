@@ -12,8 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from trainlet.attrs import Conv2d
-from trainlet.ops import conv_out_hw
+from trainlet.ops.geometry import Conv2d, conv_out_hw
 from trainlet.reference.arithmetic import Tensor
 
 F32: Final[np.dtype[Any]] = np.dtype(np.float32)

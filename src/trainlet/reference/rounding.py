@@ -2,7 +2,7 @@
 """Everything in a step that is more than linear algebra, in two versions with one interface: ``EXACT`` gives the bytes
 that the C gives, ``UNROUNDED`` puts the identity in the place of every rounding, over float64.
 
-The operators in ``forward``, ``backward`` and ``update`` do not know which one runs. A FLOAT graph is the unrounded
+The operators do not know which one runs. A FLOAT graph is the unrounded
 arithmetic with scale 1 and zero point 0.
 """
 
@@ -34,7 +34,7 @@ LIMIT: Final = 1 << 30  # of a gradient's sum before it is rounded
 
 @dataclass(frozen=True)
 class Sums:
-    """A convolution's sums of a gradient: real value = acc v 2^e, |acc| <= bound; ``v`` broadcasts to acc."""
+    """Sums of a gradient, whoever made them: real value = acc v 2^e, |acc| <= bound; ``v`` broadcasts to acc."""
 
     acc: Tensor
     v: Tensor

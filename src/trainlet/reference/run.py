@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 
-from trainlet.attrs import MaskFrom, SelectChannels
 from trainlet.errors import MismatchError
-from trainlet.ir.graph import Graph, Node, QParams, Value
+from trainlet.ir import Bound, Graph, Node, QParams
+from trainlet.ops import MaskFrom, SelectChannels
 from trainlet.reference.arithmetic import Tensor, key
-from trainlet.reference.rounding import Rounding
+from trainlet.reference.rounding import Rounding, Sums
 
 REAL_UNITS: Final = QParams(1.0, 0)
 
@@ -21,7 +21,8 @@ REAL_UNITS: Final = QParams(1.0, 0)
 @dataclass
 class Run:
     """``values`` holds what is known so far by name, states included; a write replaces its entry and never the array,
-    so that a step that is refused has changed nothing. ``exponents`` is the run-time exponent table."""
+    so that a step that is refused has changed nothing. ``exponents`` is the run-time exponent table, ``sums`` what the
+    values that are sums of gradients are worth, as their makers know it."""
 
     graph: Graph
     rounding: Rounding
@@ -29,18 +30,15 @@ class Run:
     step: int
     values: dict[str, Tensor]
     exponents: dict[int, int] = field(default_factory=dict)
+    sums: dict[str, Sums] = field(default_factory=dict)
     anchor: int = 0
     saturated: int = 0
     rounded: int = 0
     zero_gradient: bool = False
 
-    def key(self, stream: int) -> int:
-        """The key of the rounding site ``stream`` in this step."""
-        return key(self.seed, self.step, stream & 0xFFFFFFFF)
-
-    def is_real(self, name: str) -> bool:
-        """Whether the graph holds this value in real numbers; there are no scales then."""
-        return self.graph.values[name].dtype == "f32"
+    def key(self, site: int) -> int:
+        """The key of the rounding ``site`` in this step."""
+        return key(self.seed, self.step, site & 0xFFFFFFFF)
 
     def q(self, name: str) -> QParams:
         """Scale and zero point of an activation; a selection of channels has those of its input."""
@@ -52,14 +50,12 @@ class Run:
         maker = self.graph.producer(name)
         if maker is None or not isinstance(maker.attrs, SelectChannels):
             raise ValueError(f"{name!r} is s8 and has no scale and zero point")
-        return self.q(maker.inputs[0])
+        return self.q(maker["x"])
 
-    def layer_weight(self, trained: str) -> Value:
-        """The full weight of the convolution whose trained channels are the state ``trained``."""
-        reader = next((n for n in self.graph.find("conv2d") if trained in n.inputs), None)
-        if reader is None:
-            raise ValueError(f"no convolution reads the trained weights {trained!r}")
-        return self.graph.values[reader.inputs[1]]
+    def made_sums(self, node: Node, sums: Sums) -> tuple[Tensor, ...]:
+        """The output of a node that makes sums, which whatever rounds them will look up."""
+        self.sums[node.output] = sums
+        return (sums.acc,)
 
     def exponent(self, name: str) -> int:
         """The exponent of a gradient, or of sums made from one; 0 for reals."""
@@ -78,8 +74,8 @@ class Run:
         self.saturated += saturated
 
 
-Op = Callable[[Run, Node, Sequence[Tensor]], tuple[Tensor, ...]]
-"""The meaning of an operator: inputs in the order of ``node.inputs`` to outputs in the order of ``node.outputs``."""
+Op = Callable[[Run, Node, Bound[Tensor]], tuple[Tensor, ...]]
+"""The meaning of an operator: its operands to outputs in the order of ``node.outputs``."""
 
 
 def mask_of(source: Tensor, kind: MaskFrom, clamp: tuple[float, float] | None) -> Tensor:

@@ -21,12 +21,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from trainlet.autodiff.scheme import UpdateScheme, trainable_layers
+from trainlet.autodiff.scheme import UpdateScheme, trainable_layers, weight_axis
 from trainlet.errors import MismatchError
 from trainlet.select.cheap import agreement, cheap_contributions, gradient_job
-from trainlet.select.jobs import Clock, Executor, JobStore, Result, run_jobs
+from trainlet.select.jobs import Clock, Executor, run_jobs
 from trainlet.select.problem import RATIOS, Choice, Contributions
 from trainlet.select.runs import Length, Study, train_job
+from trainlet.select.store import JobStore, Result
 from trainlet.train.loop import DEFAULT_LR, Progress
 
 REFERENCE_SHARE: Final = 0.8
@@ -193,8 +194,7 @@ class _Walk:
         """Those that select a channel of the layer."""
         graph = self.runner.study.graph
         node = trainable_layers(graph)[layer]
-        shape = graph.values[node.inputs[1]].shape
-        channels = shape[0] if getattr(node.attrs, "depthwise", False) else shape[-1]
+        channels = graph.values[node["weight"]].shape[weight_axis(node)]
         return [r for r in RATIOS if int(r * channels) >= 1]
 
 

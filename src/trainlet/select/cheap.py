@@ -16,14 +16,14 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from trainlet.attrs import Conv2d
 from trainlet.autodiff.scheme import UpdateScheme, selected_channels, trainable_layers
 from trainlet.compiler import compile_model
 from trainlet.errors import UsageError
-from trainlet.ir.graph import Graph, Node
-from trainlet.select.jobs import Result, Spec
+from trainlet.ir import Graph, Node
+from trainlet.ops import Conv2d
 from trainlet.select.problem import RATIOS, Contributions
-from trainlet.select.runs import Part, Place, Study, feed, open_job, train
+from trainlet.select.runs import Part, Place, Study, check_data, feed, open_job, train
+from trainlet.select.store import Result, Spec
 from trainlet.session.host import HostSession
 
 ESTIMATORS: Final = ("fisher", "descent")
@@ -80,11 +80,11 @@ class _Layer:
 
     def __init__(self, graph: Graph, node: Node) -> None:
         assert isinstance(node.attrs, Conv2d)
-        self.weight, self.bias = f"{node.name}.weight", node.inputs[2]
-        self.kernel = graph.data[node.inputs[1]]
+        self.weight, self.bias = f"{node.name}.weight", node["bias"]
+        self.kernel = graph.data[node["weight"]]
         self.depthwise = node.attrs.depthwise
-        scale = graph.data[node.inputs[3]].astype(np.float64)
-        q = graph.values[node.inputs[0]].q
+        scale = graph.data[node["scale"]].astype(np.float64)
+        q = graph.values[node["x"]].q
         assert q is not None
         # a weight's unit over its fraction bits; a bias is in units of s_w s_x
         self.unit = (scale / (1 << BITS - 8)).reshape(-1, *[1] * (self.kernel.ndim - 1))
@@ -105,7 +105,7 @@ class _Layer:
         for ratio in RATIOS:
             if int(ratio * self.kernel.shape[axis]) < 1:
                 continue
-            channels = selected_channels(self.kernel, ratio, self.depthwise)
+            channels = selected_channels(self.kernel, ratio, axis=0 if self.depthwise else 3)
             weights[str(ratio)] = self.weights.scores(n, channels, axis)
         return {"bias": self.biases.scores(n), "weight": weights}
 
@@ -127,6 +127,7 @@ def gradient_job(place: Place, spec: Spec) -> Result:
     chosen = np.linspace(0, len(fit.indices) - 1, count).astype(np.int64)
     found = {name: _Layer(graph, node) for name, node in layers.items()}
     _accumulate(session, fit, chosen, head, list(found.values()))
+    check_data(place, spec)
     return {"layers": {name: layer.scores(count) for name, layer in found.items()}}
 
 

@@ -13,19 +13,21 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import mean, stdev
 from typing import Final
 
-from trainlet.autodiff.scheme import UpdateScheme
+from trainlet.autodiff.scheme import UpdateScheme, trainable_layers
 from trainlet.errors import MismatchError, OverBudgetError, UsageError
 from trainlet.select.analyze import Analysis, Effort, Runner, analyze
 from trainlet.select.baselines import bias_choice, last_choice, may_fit, published_choices
 from trainlet.select.cuts import SearchLimit, Selector, Step
 from trainlet.select.evolution import evolution
 from trainlet.select.exact import exact
-from trainlet.select.freeze import freeze
-from trainlet.select.methods import best_over_bits, find_method
-from trainlet.select.problem import Choice, Contributions, Selection
+from trainlet.select.freeze import SHORTLIST, freeze
+from trainlet.select.methods import FREEZE, best_over_bits, find_method
+from trainlet.select.problem import Choice, Contributions, Frozen, Selection, Trained
 from trainlet.select.report import Point
+from trainlet.select.store import Result
 
 NAME: Final = "selected"
 SHARES: Final = (0.6, 0.8)
@@ -58,15 +60,54 @@ class Chosen:
         return next(c for c in every if c.bits == self.selection.choice.bits)
 
 
-def find_selector(method: str, max_drop: float | None) -> Selector:
-    """The selector of a name; ``max_drop``, in loss, is for the one that freezes. UsageError for an unknown name, or
-    for a drop that it does not take."""
+SelectorOf = Callable[[Runner, Effort, int], Selector]
+"""The selector for a runner, an effort and the first seed of its runs."""
+
+
+def find_selector(method: str, max_drop: float | None) -> SelectorOf:
+    """The selector of a name; ``max_drop``, a share of accuracy, is for the one that freezes. UsageError for an unknown
+    name, or for a drop that it does not take."""
+    if method == FREEZE:
+        if max_drop is not None and not 0 <= max_drop < 1:
+            raise UsageError(
+                f"--max-drop {max_drop:g}: a share of accuracy, from 0 to below 1, such as 0.01 for one image of a "
+                "hundred"
+            )
+        return partial(_freezing, max_drop)
     selector = find_method(method)
-    if max_drop is None:
-        return selector
-    if selector is not freeze or not max_drop >= 0:
-        raise UsageError(f"--max-drop {max_drop:g}: a loss of 0 or more, for --method freeze; leave it out of {method}")
-    return partial(freeze, max_drop=max_drop)
+    if max_drop is not None:
+        raise UsageError(f"--max-drop {max_drop:g}: for --method {FREEZE}; leave it out of {method}")
+    return lambda runner, effort, seed: selector
+
+
+def _freezing(max_drop: float | None, runner: Runner, effort: Effort, seed: int) -> Selector:
+    layers = tuple(trainable_layers(runner.study.graph))
+    seeds = range(seed, seed + effort.final_seeds)
+
+    def train(choices: Sequence[Choice], left: int) -> list[Trained]:
+        runner.clock.later, runner.clock.word = SHORTLIST * len(seeds) * left, "at most"
+        runs = [(c.scheme(layers, FREEZE), s) for c in choices for s in seeds]
+        return [_trained(mine) for mine in _in_groups(runner.train("freezing", runs, effort.final), len(seeds))]
+
+    def tell(step: Frozen) -> None:
+        runner.progress.line(
+            f"{f'{step.part} frozen' if step.part else 'nothing frozen'}: accuracy {step.trained.accuracy:.4f} ± "
+            f"{step.trained.spread:.4f}, loss {step.trained.loss:.4f}, {step.cost} bytes"
+        )
+
+    return partial(freeze, train=train, max_drop=max_drop, tell=tell)
+
+
+def _trained(results: Sequence[Result]) -> Trained:
+    """The means over seeds; as bad as can be where one of them diverged."""
+    if any(r["problem"] for r in results):
+        return Trained(math.inf, 0.0, 0.0)
+    losses, accuracies = ([float(r[k]) for r in results] for k in ("loss", "accuracy"))
+    return Trained(mean(losses), mean(accuracies), stdev(accuracies) if len(accuracies) > 1 else 0.0)
+
+
+def _in_groups(results: Sequence[Result], size: int) -> list[Sequence[Result]]:
+    return [results[i : i + size] for i in range(0, len(results), size)]
 
 
 def choose(
@@ -154,12 +195,14 @@ def _at_depth(chosen: Chosen, limit: SearchLimit, selector: Selector, depth: int
 
 
 def short_rivals(chosen: Chosen, limit: SearchLimit) -> list[Rival]:
-    """The selection, the head alone, and biases: as many as the selection trains, and as many as fit."""
+    """The selection, the head alone, and biases: as many as the selection trains, and as many as fit; of freezing also
+    what it began with."""
     c = chosen.contributions
     most = next((k for k in range(len(c.layers), 0, -1) if _fits(limit, bias_choice(c, k))), 0)
     depths = sorted({chosen.selection.choice.depth, most} - {0})
     biases = [("biases", f"bias:{k}", bias_choice(c, k)) for k in depths]
-    return [("selected", NAME, chosen.selection.choice), ("head", "head", Choice(0)), *biases]
+    begun = [("full", "nothing frozen", step.choice) for step in chosen.selection.course[:-1][:1]]
+    return [("selected", NAME, chosen.selection.choice), ("head", "head", Choice(0)), *biases, *begun]
 
 
 def _fits(limit: SearchLimit, choice: Choice) -> bool:
@@ -208,11 +251,10 @@ def compare(
     judges them by the held-out loss. A scheme that diverged has none."""
     seeds = range(seed, seed + effort.final_seeds)
     runs = [(choice.scheme(layers, name), s) for _, name, choice in rivals for s in seeds]
-    runner.clock.later = 0
-    results = runner.train("comparing", runs, effort.final)
+    runner.clock.later, runner.clock.word = 0, "about"
+    groups = _in_groups(runner.train("comparing", runs, effort.final), len(seeds))
     points = []
-    for i, (series, name, choice) in enumerate(rivals):
-        mine = results[i * len(seeds) : (i + 1) * len(seeds)]
+    for (series, name, choice), mine in zip(rivals, groups, strict=True):
         problem = next((str(r["problem"]) for r in mine if r["problem"]), "")
         losses = () if problem else tuple(float(r["loss"]) for r in mine)
         accuracy = None if problem else sum(float(r["accuracy"]) for r in mine) / len(mine)

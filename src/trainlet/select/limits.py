@@ -14,9 +14,11 @@ from trainlet.autodiff.scheme import UpdateScheme, check_scheme, extra_memory_bi
 from trainlet.autodiff.walk import differentiate
 from trainlet.compiler import ALL, Passes, compile_model, lower, plan_model
 from trainlet.errors import OverBudgetError, UnsupportedError, UsageError
-from trainlet.ir.graph import Graph
+from trainlet.ir import Graph
+from trainlet.ops import sums_biases
 from trainlet.passes.reorder import node_bounds
 from trainlet.plan.arena import largest_alive
+from trainlet.plan.sections import sections
 from trainlet.plan.state import HEADER_BYTES
 from trainlet.select.cuts import Cut, Option
 from trainlet.select.problem import Choice
@@ -211,7 +213,7 @@ class PlannedLimit(_Model):
         """(arena, trained state) of the choice's plan, in bytes."""
         key = choice.key
         if key not in self._planned:
-            p = plan_model(self.graph, choice.scheme(self.layers, _NAME), self.passes)
+            p = plan_model(self.graph, choice.scheme(self.layers, _NAME), passes=self.passes)
             self.plans += 1
             self._planned[key] = p.plan.arena_bytes, p.layout.nbytes
             self._learn_floor(choice.depth, p.plan.arena_bytes)
@@ -231,7 +233,7 @@ class PlannedLimit(_Model):
         assert self.target is not None, "nothing is linked without a target"
         key = choice.key
         if key not in self._linked:
-            compiled = compile_model(self.graph, choice.scheme(self.layers, _NAME), self.passes)
+            compiled = compile_model(self.graph, choice.scheme(self.layers, _NAME), passes=self.passes)
             self._planned[key] = compiled.plan.arena_bytes, compiled.state_bytes
             room = replace(self.target, flash_bytes=_ROOM, pools=(Pool("SRAM", _ROOM),))
             firmware: Firmware = build_device(compiled, room)
@@ -268,7 +270,7 @@ class PlannedLimit(_Model):
         """What stands in the way of training the head alone."""
         if self.work and not self.work.may_fit(Choice(0, bits=bits)):
             return self._too_slow(self.work)
-        p = plan_model(self.graph, self.scheme(0, {}, bits), self.passes)
+        p = plan_model(self.graph, self.scheme(0, {}, bits), passes=self.passes)
         layer = {o: n.layer for n in p.graph.flat().nodes for o in n.outputs}
         largest = ", ".join(
             f"{name} of {layer[name]} ({size})" if name in layer else f"{name} ({size})"
@@ -344,17 +346,17 @@ class PlannedLimit(_Model):
         return self._options[key]
 
     def _readers(self, layer: str) -> int:
-        convs = trainable_layers(self.graph)
-        return sum(n.inputs[0] == convs[layer].inputs[0] for n in convs.values())
+        layers = trainable_layers(self.graph)
+        return sum(n["x"] == layers[layer]["x"] for n in layers.values())
 
     def _analyze(self, scheme: UpdateScheme) -> _Needs:
-        _, step = lower(self.graph, scheme, replace(self.passes, reorder=False))  # what is true in any order
-        forward = 1 + max(i for i, n in enumerate(step.nodes) if n.op == "dense")
-        backward = step.nodes[forward:]
+        _, step = lower(self.graph, scheme, passes=replace(self.passes, reorder=False))  # what is true in any order
+        s = sections(step)
+        backward = (*s.gradient, *s.head, *s.backward)
         state = HEADER_BYTES + sum(v.nbytes for v in step.states())
         apart = node_bounds(step, overwrites=False)
         over = node_bounds(step) if self.passes.inplace else apart
-        updated = Counter(n.inputs[0] for n in backward if n.op.startswith("conv2d_db"))
+        updated = Counter(n["g"] for n in backward if sums_biases(n))
         shared = {n.name: sum(updated[v] for v in n.inputs) for n in backward}
         names = [n.name for n in backward]
         return _Needs(state, {n: over[n] for n in names}, {n: apart[n] for n in names}, shared)

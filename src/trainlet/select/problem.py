@@ -48,6 +48,27 @@ class Choice:
         return UpdateScheme(name, layers[len(layers) - self.depth :], dict(self.weights), self.bits)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What training a choice came to, over the images that judge it: ``loss``, infinite where it diverged, and
+    ``accuracy``, 0 to 1, each a mean over seeds; ``spread``: standard deviation of the accuracy over them."""
+
+    loss: float
+    accuracy: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A step of freezing: the ``part`` that was frozen, empty for the start, the ``choice`` that was left, what it came
+    to when it was trained, and its ``cost`` in bytes."""
+
+    part: str
+    choice: Choice
+    trained: Trained
+    cost: int
+
+
 class Limit(Protocol):
     """What a choice may cost."""
 
@@ -63,10 +84,16 @@ class Limit(Protocol):
 class Selection:
     """What a selector returns: the choice, what it costs, and how good it is known to be. ``bound``: no choice under
     the limit can have a higher value, where the selector can tell; ``evaluations``: how many choices it has looked
-    at."""
+    at; ``course``: of freezing, from the start to the choice."""
 
     choice: Choice
     cost: int
     method: str
     evaluations: int
     bound: float | None = None
+    course: tuple[Frozen, ...] = ()
+
+    @property
+    def trained(self) -> Trained | None:
+        """What training the choice came to; None of a selector that does not train."""
+        return self.course[-1].trained if self.course else None

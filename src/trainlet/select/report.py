@@ -15,7 +15,8 @@ from typing import Any, Final
 from trainlet.autodiff.scheme import UpdateScheme
 from trainlet.select.analyze import Analysis
 from trainlet.select.cuts import Step, gap
-from trainlet.select.problem import RATIOS, Contributions, Selection
+from trainlet.select.folder import writing
+from trainlet.select.problem import RATIOS, Contributions, Frozen, Selection
 from trainlet.train.statefile import write_atomic
 
 COLORS: Final = {
@@ -70,7 +71,7 @@ def _figures(c: Contributions) -> dict[str, Any]:
 
 
 def selection_json(selection: Selection, steps: Sequence[Step]) -> dict[str, Any]:
-    """What was chosen, what it costs, how good it is known to be, and the course of the search."""
+    """What was chosen, what it costs, how good it is known to be, and the course of the search or of freezing."""
     choice = selection.choice
     return {
         "method": selection.method,
@@ -83,14 +84,28 @@ def selection_json(selection: Selection, steps: Sequence[Step]) -> dict[str, Any
         "gap": gap(selection),
         "evaluations": selection.evaluations,
         "search": [_step(s) for s in steps],
+        "course": [_frozen(f) for f in selection.course],
+    }
+
+
+def _frozen(f: Frozen) -> dict[str, Any]:
+    return {
+        "frozen": f.part,
+        "depth": f.choice.depth,
+        "weights": dict(f.choice.weights),
+        "planned_bytes": f.cost,
+        "loss": _number(f.trained.loss),
+        "accuracy": f.trained.accuracy,
+        "accuracy_spread": f.trained.spread,
     }
 
 
 def _step(s: Step) -> dict[str, float | int | None]:
-    def number(v: float | None) -> float | None:
-        return v if v is not None and math.isfinite(v) else None
+    return {"evaluations": s.evaluations, "best": _number(s.best), "bound": _number(s.bound)}
 
-    return {"evaluations": s.evaluations, "best": number(s.best), "bound": number(s.bound)}
+
+def _number(v: float | None) -> float | None:
+    return v if v is not None and math.isfinite(v) else None
 
 
 def points_json(points: Sequence[Point]) -> list[dict[str, Any]]:
@@ -221,7 +236,10 @@ def _bars(
 
 
 def search_svg(data: Mapping[str, Any]) -> str:
-    """From ``selection_json``: the best value found and the bound, over the choices that were looked at."""
+    """From ``selection_json``: the best value found and the bound, over the choices that were looked at; of freezing
+    the accuracy over what was frozen."""
+    if data["course"]:
+        return _course_svg([f["accuracy"] for f in data["course"]])
     steps: Sequence[Mapping[str, Any]] = data["search"]
     best = [(s["evaluations"], s["best"]) for s in steps if s["best"] is not None]
     bound = [(s["evaluations"], s["bound"]) for s in steps if s["bound"] is not None]
@@ -235,6 +253,16 @@ def search_svg(data: Mapping[str, Any]) -> str:
         parts.append(frame.line(bound, "#666", "5 3"))
         parts.append(_text(540, frame.y(bound[-1][1]) - 6, "bound", color="#666"))
     parts.append(_text(540, frame.y(best[-1][1]) + 14, "best that fits", color=COLORS["selected"]))
+    return _picture(640, 330, parts)
+
+
+def _course_svg(accuracies: Sequence[float]) -> str:
+    last = max(1, len(accuracies) - 1)
+    frame = _Frame(70, 36, 460, 240, (0, last), _range(accuracies))
+    ticks = [(float(i), str(i)) for i in range(0, last + 1, -(-last // 8))]
+    parts = frame.axes("freezing: accuracy", "parts frozen", ticks)
+    parts.append(frame.line(list(enumerate(map(float, accuracies))), COLORS["selected"]))
+    parts += [frame.dot(i, a, COLORS["selected"], f"{i} frozen: {a:.4f}") for i, a in enumerate(accuracies)]
     return _picture(640, 330, parts)
 
 
@@ -283,7 +311,7 @@ def write_report(
     facts: Mapping[str, Any],
 ) -> dict[str, str]:
     """Writes scheme.json, which plan and train take, report.json with everything, and the pictures; ``selection`` as
-    ``selection_json`` gives it. Returns the paths by what they are. Raises OSError."""
+    ``selection_json`` gives it. Returns the paths by what they are. UsageError naming a file that cannot be written."""
     analyzed = [contributions_json(a) for a in analyses]
     mine = next(a for a in analyzed if a["bits"] == scheme.bits)
     compared = points_json(points)
@@ -297,5 +325,6 @@ def write_report(
         "memory_picture": ("memory.svg", memory_loss_svg(compared, facts["limit_bytes"], title)),
     }
     for name, text in texts.values():
-        write_atomic(out / name, text.encode())
+        with writing(out / name):
+            write_atomic(out / name, text.encode())
     return {what: str(out / name) for what, (name, _) in texts.items()}

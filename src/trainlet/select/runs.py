@@ -5,13 +5,11 @@ files, by all runs that train behind the same cut."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import math
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +26,9 @@ from trainlet.frontends import graph_file as irfile
 from trainlet.ir import Image
 from trainlet.ir.graph import Graph
 from trainlet.plan.prefix import prefix_values
-from trainlet.select.jobs import Result, Spec, job_key
+from trainlet.select.folder import writing
+from trainlet.select.prefixes import shared
+from trainlet.select.store import Result, Spec, job_key
 from trainlet.session import StepInfo
 from trainlet.session.host import HostSession
 from trainlet.train.data import Dataset, Draw, Split, Transform, load_data
@@ -65,12 +65,18 @@ class Place:
 
 @dataclass(frozen=True)
 class Study:
-    """A model with its head, and the data that it is to learn. Makes the specs of jobs."""
+    """A model with its head, and the data that it is to learn: ``labels`` of the training images. Makes the specs of
+    jobs."""
 
     graph: Graph
     model_hash: str
     fingerprint: str
     place: Place
+    labels: tuple[int, ...]
+
+    def judges(self, length: Length) -> int:
+        """How many images judge a run."""
+        return len(split_indices(np.array(self.labels), length)[1])
 
     def train_spec(self, scheme: UpdateScheme, length: Length, seed: int, lr: float | None = None) -> Spec:
         """A training run; its result is in ``train_job``."""
@@ -111,17 +117,18 @@ def open_study(model: Graph, data: Path, resize: str, cache: Path) -> Study:
     UnsupportedError for a model that cannot get a head."""
     dataset = load_data(data, Transform(_shape(model), resize))
     graph = attach_head(model, len(dataset.classes))
-    cache.mkdir(parents=True, exist_ok=True)
     model_hash = graph_hash(graph)
     path = cache / f"model-{model_hash[:16]}.json"
-    irfile.save(graph, path)
+    with writing(path):
+        cache.mkdir(parents=True, exist_ok=True)
+        irfile.save(graph, path)
     place = Place(str(path.resolve()), str(data.resolve()), resize, str(cache.resolve()))
     split_indices(dataset.train.labels, Length(1 << 62, 1 << 62, 1))
-    return Study(graph, model_hash, dataset.fingerprint, place)
+    return Study(graph, model_hash, dataset.fingerprint, place, tuple(dataset.train.labels.tolist()))
 
 
 def _shape(graph: Graph) -> tuple[int, int, int]:
-    h, w, c = graph.values[graph.inputs[0]].shape
+    h, w, c = graph.image.shape
     return h, w, c
 
 
@@ -216,25 +223,13 @@ def _prefixes(session: HostSession, part: Part, place: Place, spec: Spec) -> NDA
             "images": hashlib.sha256(part.indices.astype("<i8").tobytes()).hexdigest(),
         }
     )
-    path = Path(place.cache) / f"prefix-{key[:32]}.npy"
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits instead of computing it too
-        if not path.exists():
-            _store(path, session, part, nbytes)
-    found: NDArray[np.uint8] = np.load(path, mmap_mode="r")
-    return found
+    return shared(Path(place.cache), key, (len(part.indices), nbytes), partial(_rows, session, part, place, spec))
 
 
-def _store(path: Path, session: HostSession, part: Part, nbytes: int) -> None:
-    made = np.empty((len(part.indices), nbytes), np.uint8)
+def _rows(session: HostSession, part: Part, place: Place, spec: Spec) -> Iterator[bytes]:
     for i in range(len(part.indices)):
-        made[i] = np.frombuffer(session.prefix(part.image(i)), np.uint8)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with temporary.open("wb") as f:
-        np.save(f, made)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
+        yield session.prefix(part.image(i))
+    check_data(place, spec)
 
 
 # --- the work of a job ------------------------------------------------------------------------------------------
@@ -245,6 +240,16 @@ def load_place(place: Place) -> tuple[Graph, str, Dataset]:
     """Model, its hash, and data; kept by a worker from job to job."""
     graph = irfile.load(Path(place.graph))
     return graph, graph_hash(graph), load_data(Path(place.data), Transform(_shape(graph), place.resize))
+
+
+def check_data(place: Place, spec: Spec) -> None:
+    """UsageError where the images are no longer those that the job was made for."""
+    graph, _, _ = load_place(place)
+    if load_data(Path(place.data), Transform(_shape(graph), place.resize)).fingerprint != spec["data"]:
+        raise UsageError(
+            f"{place.data}: images have changed while runs were under way; start the same command again, and leave the "
+            "images alone meanwhile"
+        )
 
 
 def open_job(place: Place, spec: Spec) -> tuple[Graph, Part, Part]:
@@ -285,9 +290,12 @@ def train_job(place: Place, spec: Spec) -> Result:
     compiled = compile_model(graph, UpdateScheme("run", tuple(s["biases"]), s["weights"], s["bits"]))
     session = HostSession(compiled)
     planned = {"arena_bytes": session.arena_bytes, "state_bytes": session.state_bytes}
+    sources = [feed(session, part, place, spec) for part in (fit, held)]
     try:
-        last = train(feed(session, fit, place, spec), spec)
-        found = evaluate(session, held, feed=feed(session, held, place, spec))
+        last = train(sources[0], spec)
+        found = evaluate(session, held, feed=sources[1])
     except MismatchError as e:
         return {"loss": None, "accuracy": None, "train_loss": None, "problem": str(e), **planned}
+    if any(s.prefixes is None for s in sources):  # then images were read meanwhile
+        check_data(place, spec)
     return {"loss": found.loss, "accuracy": found.accuracy, "train_loss": last, "problem": "", **planned}

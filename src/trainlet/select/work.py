@@ -13,15 +13,15 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Final
 
-from trainlet.attrs import Stream
 from trainlet.autodiff.scheme import UpdateScheme, trainable_layers
 from trainlet.compiler import ALL, Passes, compile_model, plan_model
-from trainlet.ir.graph import Graph, Node
+from trainlet.emit.statement import label
+from trainlet.ir import DepthFirst, Graph, Node
 from trainlet.select.cuts import Cut, Option
 from trainlet.select.problem import Choice
 from trainlet.session.emulator import EmulatorSession
-from trainlet.toolchain.package import LR, synthetic_image
 from trainlet.toolchain.targets import MIB, Pool, Target
+from trainlet.toolchain.vectors import LR, synthetic_image
 
 _ROOM: Final = 16 * MIB
 """The profiled programs run in this much of either memory, since they need not fit."""
@@ -74,16 +74,16 @@ class StepWork:
     def biases(self, depth: int) -> int:
         """The estimate where the biases of the last ``depth`` layers train, and the head."""
         if depth not in self._bases:
-            program = plan_model(self.graph, self._scheme(depth), self.passes).graph
+            program = plan_model(self.graph, self._scheme(depth), passes=self.passes).graph
             self._bases[depth] = self._profile.get("", 0) + sum(map(self._node, program.nodes))
         return self._bases[depth]
 
     def _node(self, node: Node) -> int:
         """Of one node; of those that run row by row in a stream, as they do where the head alone trains."""
-        inner = node.attrs.nodes if isinstance(node.attrs, Stream) else ()
-        names = [f"{n.layer}: {n.op}" for n in inner]
+        inner = node.attrs.nodes if isinstance(node.attrs, DepthFirst) else ()
+        names = [label(n) for n in inner]
         streamed = sum(self._head.get(n, self._profile.get(n, 0)) for n in names)
-        return streamed if inner else self._profile.get(f"{node.layer}: {node.op}", 0)
+        return streamed if inner else self._profile.get(label(node), 0)
 
     def measured(self, choice: Choice) -> int:
         """Instructions of a step of the choice's program."""
@@ -115,9 +115,9 @@ class StepWork:
         return Choice(depth).scheme(self.layers, "work")
 
     def _run(self, scheme: UpdateScheme) -> Counter[str]:
-        session = EmulatorSession(compile_model(self.graph, scheme, self.passes), self.room)
+        session = EmulatorSession(compile_model(self.graph, scheme, passes=self.passes), self.room)
         before = Counter(session.profile())
-        session.train_step(synthetic_image(self.graph.values[self.graph.inputs[0]].shape, 0), 0, LR)
+        session.train_step(synthetic_image(self.graph.image.shape, 0), 0, LR)
         return Counter(session.profile()) - before
 
 

@@ -12,6 +12,11 @@ from numpy.typing import NDArray
 
 from trainlet.ir import Image
 
+Inputs = Image | Mapping[str, NDArray[np.generic]]
+"""An image, int8 (H, W, C); or the array of each input by its name in the graph's interface."""
+Targets = int | Mapping[str, NDArray[np.generic]]
+"""The number of a class; or the array of each target by its name."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepInfo:
@@ -37,12 +42,13 @@ class Session(Protocol):
     def reset(self, seed: int) -> None:
         """Factory weights, the model's own head or a random one from ``seed``, step 0."""
 
-    def infer(self, image: Image) -> NDArray[np.float32]:
-        """Logits."""
+    def infer(self, inputs: Inputs) -> NDArray[np.float32]:
+        """Logits, (classes,). ``inputs`` is the image, or a mapping from the name of each input to its array."""
 
-    def train_step(self, image: Image, label: int, lr: float) -> StepInfo:
-        """One step of SGD at batch 1. Raises UsageError (label, lr) or MismatchError (not finite); nothing has changed
-        then."""
+    def train_step(self, inputs: Inputs, targets: Targets, lr: float) -> StepInfo:
+        """One step of SGD at batch 1 with the rate ``lr`` (per image, in real units). ``targets`` is the class, from 0,
+        or a mapping from the name of each target to its array. Raises UsageError (inputs, targets, lr) or MismatchError
+        (a number that is not finite); nothing has changed then."""
 
     def prefix(self, image: Image) -> bytes:
         """What the frozen prefix leaves in the arena for ``image``; empty bytes where there is no frozen prefix."""

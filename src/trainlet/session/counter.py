@@ -5,10 +5,6 @@ in Python, which slows the run down by about five times."""
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import subprocess
-import tempfile
 from collections import Counter
 from importlib import resources
 from pathlib import Path
@@ -18,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainlet.errors import ToolMissingError
+from trainlet.toolchain.cache import digest, entry
 from trainlet.toolchain.chip import Firmware
-from trainlet.toolchain.host import cache_dir, compiler_version, find_compiler
+from trainlet.toolchain.host import STRICT, compiler_identity, find_compiler, run_compiler
 from trainlet.toolchain.thumb import instruction_bytes
 
-_FLAGS = ("-std=c99", "-O2", "-shared", "-fPIC")
+_FLAGS = ("-std=c99", "-O2", "-shared", "-fPIC", *STRICT)
 
 
 class InstructionCounter(Protocol):
@@ -69,22 +66,15 @@ class _Struct(ctypes.Structure):
 
 def _library() -> Path:
     """The C counter, built once."""
-    cc = find_compiler()
+    command = find_compiler()
     text = (resources.files("trainlet") / "csrc" / "emulator" / "count.c").read_text()
-    key = hashlib.sha256("\n".join((compiler_version(cc), *_FLAGS, text)).encode()).hexdigest()[:32]
-    made = cache_dir() / f"{key}.so"
-    if made.exists():
-        return made
-    with tempfile.TemporaryDirectory(dir=made.parent) as work:
-        source, out = Path(work) / "count.c", Path(work) / "count.so"
+
+    def make(out: Path) -> None:
+        source = out / "count.c"
         source.write_text(text)
-        done = subprocess.run(
-            [cc, *_FLAGS, str(source), "-o", str(out)], capture_output=True, text=True, check=False
-        )  # fmt: skip
-        if done.returncode:
-            raise ToolMissingError(f"the C compiler failed on count.c: {done.stderr[:500]}")
-        os.replace(out, made)
-    return made
+        run_compiler([*command, *_FLAGS, str(source), "-o", str(out / "count.so")])
+
+    return entry(digest(*compiler_identity(command, _FLAGS), text), make) / "count.so"
 
 
 class CCounter:

@@ -15,8 +15,7 @@ from typing import Any, Final
 
 from trainlet.emit import Compiled
 from trainlet.errors import DeviceError, ToolMissingError
-from trainlet.ir import Image
-from trainlet.session import StepInfo
+from trainlet.session import Inputs, StepInfo, Targets
 from trainlet.session.counter import make_counter
 from trainlet.session.mailbox import Chip, DeviceSession
 from trainlet.toolchain.chip import Firmware, build_device
@@ -152,8 +151,8 @@ class EmulatorSession(DeviceSession):
     def _finished(self) -> None:
         self.last_instructions = self.machine.counter.total() - self._begin_count
 
-    def train_step(self, image: Image, label: int, lr: float) -> StepInfo:
-        info = super().train_step(image, label, lr)
+    def train_step(self, inputs: Inputs, targets: Targets, lr: float) -> StepInfo:
+        info = super().train_step(inputs, targets, lr)
         self.step_instructions += self.last_instructions
         self.steps += 1
         return info

@@ -8,7 +8,9 @@ import os
 import select
 import struct
 import subprocess
+import sys
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -24,19 +26,36 @@ _PC: Final = 15
 _INTERRUPT: Final = b"\x03"
 
 
+_GUARD: Final = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def _guarded(command: Sequence[str]) -> list[str]:
+    """The command behind a step that asks Linux to end it with this process, however that ends: an emulator does not
+    mind that its debugger has gone. The request is of the thread that starts the child, which must live as long."""
+    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
+        return list(command)
+    return [sys.executable, "-I", "-S", "-c", _GUARD, str(os.getpid()), *command]
+
+
 class GdbTimeoutError(Exception):
     """No answer in time."""
 
 
 class Remote:
-    """A debugger's connection to ``command``, which speaks the remote protocol on its standard input and output and
-    waits at its first instruction."""
+    """A debugger's connection to ``command``, a path and arguments: a program that speaks the remote protocol on its
+    standard input and output and waits at its first instruction."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self._name = command[0]
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the child
         self._child = subprocess.Popen(
-            list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, bufsize=0
+            _guarded(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, bufsize=0
         )
         self._end = weakref.finalize(self, _end, self._child, self._log)
         assert self._child.stdin is not None

@@ -13,8 +13,19 @@ from trainlet.emit import Compiled
 from trainlet.ir import Image
 from trainlet.plan.prefix import prefix_values
 from trainlet.plan.state import StateCodec
-from trainlet.session import StepInfo
-from trainlet.session.checks import check_image, check_label, check_prefix, check_status, class_count
+from trainlet.session import Inputs, StepInfo, Targets
+from trainlet.session.checks import (
+    check_image,
+    check_label,
+    check_prefix,
+    check_rate,
+    check_seed,
+    check_status,
+    class_count,
+    need_compiled,
+    one_input,
+    one_label,
+)
 from trainlet.toolchain.host import NATIVE, build_library
 
 
@@ -31,7 +42,7 @@ class _Context(ctypes.Structure):
         ("rounded", ctypes.c_uint32),
         ("lr", ctypes.c_float),
         ("loss", ctypes.c_float),
-        ("label", ctypes.c_int32),
+        ("target", ctypes.c_void_p),
         ("rows", ctypes.c_int32),
     )
 
@@ -53,14 +64,14 @@ class HostSession:
     def __init__(
         self, compiled: Compiled, cc: str | None = None, *, flags: Sequence[str] = NATIVE, seed: int = 0
     ) -> None:
-        self.compiled = compiled
+        self.compiled = need_compiled(compiled)
         self.arena_bytes = compiled.plan.arena_bytes
         self.state_bytes = compiled.layout.nbytes
         self.model_hash = compiled.model_hash
         self.classes = class_count(compiled)
         self.library_path = build_library(compiled.sources.files, cc=cc, extra=flags)
         self._lib = ctypes.CDLL(str(self.library_path))
-        self._shape = compiled.graph.values[compiled.graph.inputs[0]].shape
+        self._shape = compiled.graph.image.shape
         self._codec = StateCodec(compiled.graph, compiled.layout)
         self._cut = [(compiled.plan.offsets[v], compiled.graph.values[v].nbytes) for v in prefix_values(compiled.graph)]
         slots = max((v.exponent for v in compiled.graph.values.values() if v.exponent is not None), default=0)
@@ -83,6 +94,7 @@ class HostSession:
 
     def init(self, arena: NDArray[np.uint8], state: NDArray[np.uint8], seed: int) -> None:
         """Begins anew over the given memory; UsageError where it is too small or misaligned."""
+        check_seed(seed)
         init = self._function("tl_model_init", ctypes.c_int)
         status = init(
             ctypes.c_void_p(self._model),
@@ -100,7 +112,7 @@ class HostSession:
     def _check(self, status: int, label: int = 0, lr: float = 0.0) -> None:
         check_status(self.compiled, status, label, lr)
 
-    def _image(self, image: Image) -> ctypes.c_void_p:
+    def _image(self, image: NDArray[np.generic]) -> ctypes.c_void_p:
         self._held = check_image(image, self._shape)
         return ctypes.c_void_p(self._held.ctypes.data)
 
@@ -118,14 +130,19 @@ class HostSession:
         return ctypes.c_void_p(self._model), ctypes.byref(self._context)
 
     def reset(self, seed: int) -> None:
+        check_seed(seed)
         self._function("tl_model_reset", None)(*self._pair(), ctypes.c_uint32(seed))
 
-    def infer(self, image: Image) -> NDArray[np.float32]:
-        self._check(self._infer(*self._pair(), self._image(image), ctypes.byref(self._logits)))
+    def infer(self, inputs: Inputs) -> NDArray[np.float32]:
+        self._check(
+            self._infer(*self._pair(), self._image(one_input(self.compiled, inputs)), ctypes.byref(self._logits))
+        )
         return self._read_logits()
 
-    def train_step(self, image: Image, label: int, lr: float) -> StepInfo:
+    def train_step(self, inputs: Inputs, targets: Targets, lr: float) -> StepInfo:
+        image, label = one_input(self.compiled, inputs), one_label(self.compiled, targets)
         check_label(self.compiled, label)
+        check_rate(lr)
         out = ctypes.byref(self._info)
         args = (*self._pair(), self._image(image), ctypes.c_int32(label), ctypes.c_float(lr), out)
         return self._step(self._train(*args), label, lr)
@@ -156,6 +173,7 @@ class HostSession:
 
     def train_step_cached(self, prefix: bytes, label: int, lr: float) -> StepInfo:
         check_label(self.compiled, label)
+        check_rate(lr)
         self._restore(prefix)
         out = ctypes.byref(self._info)
         status = self._train_rest(*self._pair(), ctypes.c_int32(label), ctypes.c_float(lr), out)

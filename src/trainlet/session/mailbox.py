@@ -4,6 +4,7 @@ csrc/port/main.c, runs until it waits again, and its answer is read from SRAM.""
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -18,8 +19,18 @@ from trainlet.errors import DeviceError
 from trainlet.ir import Image
 from trainlet.plan.prefix import prefix_values
 from trainlet.plan.state import StateCodec
-from trainlet.session import StepInfo
-from trainlet.session.checks import check_image, check_label, check_prefix, check_status, class_count
+from trainlet.session import Inputs, StepInfo, Targets
+from trainlet.session.checks import (
+    check_image,
+    check_label,
+    check_prefix,
+    check_rate,
+    check_seed,
+    check_status,
+    class_count,
+    one_input,
+    one_label,
+)
 from trainlet.toolchain.chip import Firmware
 
 _PAINT: Final = bytes([0xC5])
@@ -117,7 +128,7 @@ class DeviceSession:
         self.model_hash = compiled.model_hash
         self.classes = class_count(compiled)
         self._chip = machine
-        self._shape = compiled.graph.values[compiled.graph.inputs[0]].shape
+        self._shape = compiled.graph.image.shape
         self._codec = StateCodec(compiled.graph, compiled.layout)
         self._cut = [(compiled.plan.offsets[v], compiled.graph.values[v].nbytes) for v in prefix_values(compiled.graph)]
         names = ("mailbox", "row", "arena", "state")
@@ -145,12 +156,13 @@ class DeviceSession:
         return self._chip.stack_used()
 
     def facts(self) -> dict[str, int]:
-        """What was measured, bytes: RAM and its parts, and flash."""
+        """What was measured, bytes: RAM in use and its parts, what has to be there of it, and flash."""
         return {
             "ram_bytes": self.ram_bytes,
             **{f"ram_{k}_bytes": v for k, v in self.firmware.purposes.items()},
             "ram_stack_bytes": self.stack_used,
             "stack_reserved_bytes": self.firmware.stack_bytes,
+            "sram_needed_bytes": self.firmware.sram_bytes,
             "flash_bytes": self.flash_bytes,
         }
 
@@ -173,14 +185,17 @@ class DeviceSession:
         """It has ended."""
 
     def _command(self, command: Command, *, seed: int = 0, label: int = 0, lr: float = 0.0) -> tuple[StepInfo, int]:
-        self._chip.write(self._mailbox, _MAILBOX.pack(command, seed, label, lr))
+        check_seed(seed)
+        check_rate(lr)
+        rate = ctypes.c_float(lr).value  # what is too large for it is infinite, which the C refuses
+        self._chip.write(self._mailbox, _MAILBOX.pack(command, seed, label, rate))
         self._chip.resume()
         answer = self._chip.read(self._mailbox + _MAILBOX.size, _ANSWER.size)
         status, loss, prediction, saturated, logits = _ANSWER.unpack(answer)
         check_status(self.compiled, status, label, lr)
         return StepInfo(loss, prediction, saturated), logits
 
-    def _feed(self, image: Image) -> None:
+    def _feed(self, image: NDArray[np.generic]) -> None:
         rows = check_image(image, self._shape)
         self._started()
         self._command(Command.BEGIN)
@@ -199,13 +214,14 @@ class DeviceSession:
     def reset(self, seed: int) -> None:
         self._command(Command.RESET, seed=seed)
 
-    def infer(self, image: Image) -> NDArray[np.float32]:
-        self._feed(image)
+    def infer(self, inputs: Inputs) -> NDArray[np.float32]:
+        self._feed(one_input(self.compiled, inputs))
         return self._logits(self._command(Command.FINISH)[1])
 
-    def train_step(self, image: Image, label: int, lr: float) -> StepInfo:
+    def train_step(self, inputs: Inputs, targets: Targets, lr: float) -> StepInfo:
+        label = one_label(self.compiled, targets)
         check_label(self.compiled, label)
-        self._feed(image)
+        self._feed(one_input(self.compiled, inputs))
         return self._trained(self._command(Command.TRAIN, label=label, lr=lr)[0])
 
     def prefix(self, image: Image) -> bytes:

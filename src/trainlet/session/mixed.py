@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainlet.ir import Image
-from trainlet.session import Session, StepInfo
+from trainlet.session import Inputs, Session, StepInfo, Targets
 
 
 class MixedSession:
@@ -26,15 +26,15 @@ class MixedSession:
         self._changed = True
         self._device.reset(seed)
 
-    def infer(self, image: Image) -> NDArray[np.float32]:
+    def infer(self, inputs: Inputs) -> NDArray[np.float32]:
         if self._changed:
             self._host.load_state(self._device.state())
             self._changed = False
-        return self._host.infer(image)
+        return self._host.infer(inputs)
 
-    def train_step(self, image: Image, label: int, lr: float) -> StepInfo:
+    def train_step(self, inputs: Inputs, targets: Targets, lr: float) -> StepInfo:
         self._changed = True
-        return self._device.train_step(image, label, lr)
+        return self._device.train_step(inputs, targets, lr)
 
     def prefix(self, image: Image) -> bytes:
         return b""

@@ -3,57 +3,59 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import subprocess
-import tempfile
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
-from trainlet.emit import Compiled
+from trainlet.emit import Compiled, NodeLines
 from trainlet.errors import OverBudgetError, ToolMissingError
 from trainlet.plan.arena import largest_alive
 from trainlet.toolchain.armcc import ArmCompiler, find_arm_compiler
+from trainlet.toolchain.cache import digest, entry, workplace
 from trainlet.toolchain.find import M7_HINT
-from trainlet.toolchain.host import cache_dir, kernel_sources
+from trainlet.toolchain.host import STRICT, compiler_failed, kernel_sources, run_compiler
 from trainlet.toolchain.sizes import RAM_PURPOSES, Section, Symbol, ram_purpose, spread
-from trainlet.toolchain.stack import stack_bound
+from trainlet.toolchain.stack import stack_reserve
 from trainlet.toolchain.targets import Pool, Target
 
 FLAGS: Final = (
     "-std=c99", "-O2", "-g", "-ffreestanding", "-fno-common", "-ffp-contract=off", "-fno-math-errno",
     "-fno-tree-loop-distribute-patterns", "-ffunction-sections", "-fdata-sections", "-Wall", "-Wextra",
+    *STRICT,
 )  # fmt: skip
 """Of every build for a chip. Without loop distribution a loop stays one: no memcpy that calls itself, and none for a
 few bytes within the loops of a kernel."""
+_ARM: Final = "Arm compiler"
+_OVERFLOW: Final = "region `(FLASH|SRAM)' overflowed by|will not fit in region"
 _STATIC: Final = (".data", ".bss")
 _UNLIMITED: Final = 1 << 28  # the sizes of a program that did not fit are those of one linked into this
 _NODE_FUNCTIONS: Final = "prefix|forward|gradient|head|backward"
 _ROW_FUNCTIONS: Final = "row_.*"
-_POINTERS: Final = {"tl_stream_.*": _ROW_FUNCTIONS, ".*": _NODE_FUNCTIONS}  # who calls whom through a pointer
+_POINTERS: Final = {"tl_depth_first_.*": _ROW_FUNCTIONS, ".*": _NODE_FUNCTIONS}  # who calls whom through a pointer
 
 
 @dataclass(frozen=True)
 class Firmware:
-    """A linked program. ``layout``: its allocated sections, debug information left out; ``sized``: what its functions
-    and variables are, by address; ``symbols``: all its names."""
+    """A linked program. ``layout``: its allocated sections, debug information left out; ``nodes``: which lines of
+    NAME.c run which node; ``sized``: what its functions and variables are, by address; ``symbols``: all its names."""
 
     path: Path
     target: Target
-    model_source: str
-    layout: tuple[Section, ...]
-    segments: tuple[tuple[int, bytes], ...]
-    symbols: Mapping[str, Symbol]
-    sized: tuple[Symbol, ...]
-    functions: tuple[Symbol, ...]
+    nodes: tuple[NodeLines, ...] = field(repr=False)
+    layout: tuple[Section, ...] = field(repr=False)
+    segments: tuple[tuple[int, bytes], ...] = field(repr=False)
+    symbols: Mapping[str, Symbol] = field(repr=False)
+    sized: tuple[Symbol, ...] = field(repr=False)
+    functions: tuple[Symbol, ...] = field(repr=False)
 
     @property
     def sections(self) -> dict[str, int]:
@@ -69,6 +71,11 @@ class Firmware:
     def stack_bytes(self) -> int:
         """SRAM that is reserved for the stack."""
         return self.sections.get(".stack", 0)
+
+    @property
+    def sram_bytes(self) -> int:
+        """SRAM that has to be there: what is taken from the start, and all that the stack may grow to."""
+        return self.static_bytes + self.stack_bytes
 
     @property
     def flash_bytes(self) -> int:
@@ -103,24 +110,14 @@ class Firmware:
         rows.sort(key=lambda r: r[0])
         return [a for a, _ in rows], [line for _, line in rows]
 
-    @cached_property
-    def _comments(self) -> tuple[list[int], list[str]]:
-        """Lines of model.c that hold a node's comment, and its text "layer: operator"."""
-        found = [
-            (i, m[1]) for i, text in enumerate(self.model_source.splitlines(), 1)
-            if (m := re.fullmatch(r"    /\* (.*) \*/", text))
-        ]  # fmt: skip
-        return [i for i, _ in found], [text for _, text in found]
-
     def node_at(self, address: int) -> str:
         """The node, as "layer: operator", whose call is at ``address``; "" outside the emitted sequences of calls."""
         if not re.fullmatch(f"{_NODE_FUNCTIONS}|{_ROW_FUNCTIONS}", self.function_at(address)):
             return ""
         addresses, lines = self._lines
-        at = bisect_right(addresses, address) - 1
-        numbers, texts = self._comments
-        i = bisect_right(numbers, lines[at]) - 1
-        return texts[i] if i >= 0 else ""
+        line = lines[bisect_right(addresses, address) - 1]
+        i = bisect_right(self.nodes, line, key=lambda n: n.first) - 1
+        return self.nodes[i].label if i >= 0 else ""
 
 
 def _elf(stream: Any) -> Any:
@@ -131,7 +128,7 @@ def _elf(stream: Any) -> Any:
     return ELFFile(stream)
 
 
-def read_elf(path: Path, target: Target, model_source: str) -> Firmware:
+def read_elf(path: Path, target: Target, nodes: tuple[NodeLines, ...]) -> Firmware:
     """Sections, segments and symbols of a linked program."""
     with path.open("rb") as f:
         elf = _elf(f)
@@ -146,7 +143,7 @@ def read_elf(path: Path, target: Target, model_source: str) -> Firmware:
     sized = tuple(s for kind, s in table if kind in ("STT_FUNC", "STT_OBJECT"))
     functions = tuple(s for kind, s in table if kind == "STT_FUNC")
     symbols = {s.name: s for _, s in table}
-    return Firmware(path, target, model_source, layout, segments, symbols, sized, functions)
+    return Firmware(path, target, nodes, layout, segments, symbols, sized, functions)
 
 
 def _symbols(table: Any) -> Iterator[tuple[str, Symbol]]:
@@ -192,14 +189,14 @@ def build_device(
     compiled: Compiled, target: Target, *, stack_bytes: int | None = None, startup: str = "", main: str = ""
 ) -> Firmware:
     """Compiles and links ``compiled`` for ``target``; the ELF is cached by all that determines it. ``stack_bytes``, a
-    multiple of 8, is what its deepest calls need if not given; ``startup`` is a line put before startup.c; ``main`` is
+    multiple of 8, is that of ``stack_reserve`` if not given; ``startup`` is a line put before startup.c; ``main`` is
     the text of a main.c other than the one that serves the mailbox. OverBudgetError where the linker says that it does
     not fit, ToolMissingError without a compiler."""
     if stack_bytes is not None and (stack_bytes <= 0 or stack_bytes % 8):
         raise ValueError(f"stack_bytes {stack_bytes}: a positive multiple of 8")
     compiler = find_arm_compiler()
     prefix = compiled.sources.prefix
-    source = compiled.sources.files[f"{prefix}.c"]
+    nodes = compiled.sources.nodes
     texts = {**kernel_sources(), **port_sources(), **compiled.sources.files}
     texts["main.c"] = (main or texts["main.c"]).replace("@NAME@", prefix).replace("@UPPER@", prefix.upper())
     if not any(n.writes for n in compiled.graph.nodes):
@@ -210,44 +207,41 @@ def build_device(
     linker = _Linker(compiler, target.flags, tuple(objects.values()))
     if stack_bytes is None:
         graphs = (o.with_suffix(".graph").read_text() for o in objects.values())
-        stack_bytes = stack_bound(graphs, "tl_port_start", _POINTERS, compiler.helper_bytes)
+        stack_bytes = stack_reserve(graphs, "tl_port_start", _POINTERS, compiler.helper_bytes)
     names = (objects[f"{prefix}.c"].name, objects["model.c"].name)
     script = link_script(target, stack_bytes, *names)
-    path = cache_dir() / linker.digest(script) / f"{prefix}.elf"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        problem = linker.link(script, path)
-        if problem:
-            large = _whole(linker, target, stack_bytes, names, path, source)
-            raise OverBudgetError(_too_large(compiled, target, large))
-    return read_elf(path, target, source)
+
+    def link(out: Path) -> None:
+        if linker.link(script, out / f"{prefix}.elf"):
+            room = replace(target, flash_bytes=_UNLIMITED, pools=(Pool("SRAM", _UNLIMITED),))
+            linker.link(link_script(room, stack_bytes, *names), out / f"{prefix}.elf")
+            raise OverBudgetError(_too_large(compiled, target, read_elf(out / f"{prefix}.elf", target, nodes)))
+
+    return read_elf(entry(linker.digest(script), link) / f"{prefix}.elf", target, nodes)
 
 
 def _compile(compiler: ArmCompiler, core: Sequence[str], texts: Mapping[str, str]) -> dict[str, Path]:
     """Objects by source name, cached by the hash of all that determines them; beside each its call graph."""
     headers = {k: v for k, v in texts.items() if k.endswith(".h")}
     sources = [k for k in texts if k.endswith(".c")]
-    version = compiler.version
-    base = cache_dir()
-    with tempfile.TemporaryDirectory(dir=base) as work:
+
+    def compile_one(name: str, folder: Path) -> Path:
+        parts = (f"{k}\n{v}" for k, v in sorted({**headers, name: texts[name]}.items()))
+        command = compiler.compile(core, FLAGS, Path("work") / name, Path("out"))
+        key = digest(compiler.version, *command, name, *parts)
+
+        def make(out: Path) -> None:
+            made = folder / f"{name}.o"
+            run_compiler(compiler.compile(core, FLAGS, folder / name, made), _ARM)
+            (out / f"{key}.graph").write_text(compiler.call_graph(made))
+            made.rename(out / f"{key}.o")
+
+        return entry(key, make) / f"{key}.o"
+
+    with workplace() as work, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for name, text in texts.items():
-            (Path(work) / name).write_text(text)
-
-        def compile_one(name: str) -> Path:
-            parts = (f"{k}\n{v}" for k, v in sorted({**headers, name: texts[name]}.items()))
-            command = compiler.compile(core, FLAGS, Path("work") / name, Path("out"))
-            made = base / f"{_digest(version, *command, name, *parts)}.o"
-            if not made.exists():
-                temporary = Path(work) / f"{name}.o"
-                _run(compiler.compile(core, FLAGS, Path(work) / name, temporary))
-                graph = temporary.with_suffix(".graph")
-                graph.write_text(compiler.call_graph(temporary))
-                os.replace(graph, made.with_suffix(".graph"))
-                os.replace(temporary, made)
-            return made
-
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            return dict(zip(sources, pool.map(compile_one, sources), strict=True))
+            (work / name).write_text(text)
+        return dict(zip(sources, pool.map(compile_one, sources, [work] * len(sources)), strict=True))
 
 
 @dataclass(frozen=True)
@@ -260,37 +254,21 @@ class _Linker:
 
     def digest(self, script: str) -> str:
         command = self.compiler.link(self.core, Path("script"), (), Path("out"))
-        return _digest(script, self.compiler.version, *command, *(o.name for o in self.objects))
+        return digest(script, self.compiler.version, *command, *(o.name for o in self.objects))
 
     def link(self, script: str, out: Path) -> bool:
         """Whether a region overflowed; then there is no file. ToolMissingError where the linker failed otherwise."""
-        with tempfile.TemporaryDirectory(dir=out.parent) as work:
-            where = Path(work) / "link.ld"
-            where.write_text(script)
-            made = Path(work) / out.name
-            command = self.compiler.link(self.core, where, self.objects, made)
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode == 0:
-                os.replace(made, out)
-                return False
-            if re.search("region `(FLASH|SRAM)' overflowed by|will not fit in region", done.stderr):
-                return True
-            raise _failed(command, done.stderr)
-
-
-def _whole(
-    linker: _Linker, target: Target, stack_bytes: int, names: tuple[str, str], path: Path, source: str
-) -> Firmware:
-    """The program that did not fit, linked as if the memory had no end."""
-    room = replace(target, flash_bytes=_UNLIMITED, pools=(Pool("SRAM", _UNLIMITED),))
-    with tempfile.TemporaryDirectory(dir=path.parent) as work:
-        out = Path(work) / path.name
-        linker.link(link_script(room, stack_bytes, *names), out)
-        return read_elf(out, target, source)
+        where = out.with_name("link.ld")
+        where.write_text(script)
+        command = self.compiler.link(self.core, where, self.objects, out)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode and not re.search(_OVERFLOW, done.stderr):
+            raise compiler_failed(command, done.stderr, _ARM)
+        return done.returncode != 0
 
 
 def _too_large(compiled: Compiled, target: Target, large: Firmware) -> str:
-    sram, flash = large.static_bytes + large.stack_bytes, large.flash_bytes
+    sram, flash = large.sram_bytes, large.flash_bytes
     kinds = (("SRAM", sram, target.sram_bytes), ("flash", flash, target.flash_bytes))
     short = [f"{n} bytes of {kind} are needed, {has} are there" for kind, n, has in kinds if n > has]
     sizes = ", ".join(f"{name} {n}" for name, n in large.sections.items())
@@ -301,21 +279,3 @@ def _too_large(compiled: Compiled, target: Target, large: Firmware) -> str:
         f"Sections: {sizes}. Of them in SRAM: {parts}, stack {large.stack_bytes}. Largest tensors at the peak: "
         f"{tensors}. Choose a scheme that updates less, fewer --bits, or a target with more memory"
     )
-
-
-def _failed(command: Sequence[str], text: str) -> ToolMissingError:
-    lines = "\n".join(text.splitlines()[:20])
-    return ToolMissingError(f"the Arm compiler failed: {' '.join(command)}\n{lines}")
-
-
-def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(list(command), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise _failed(command, done.stderr)
-
-
-def _digest(*parts: str) -> str:
-    h = hashlib.sha256()
-    for p in parts:
-        h.update(f"{len(p)}:{p}".encode())
-    return h.hexdigest()[:32]

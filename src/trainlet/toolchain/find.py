@@ -103,12 +103,13 @@ def libgcc(gcc: str, flags: Sequence[str]) -> str:
     raise ToolMissingError(f"{gcc} has no libgcc for {' '.join(flags)}; on Debian: {ARM_HINT}")
 
 
-def _program(find: Callable[[], str]) -> tuple[str, str]:
+def _program(find: Callable[[], str | tuple[str, ...]]) -> tuple[str, str]:
     try:
-        path = find()
+        found = find()
     except ToolMissingError:
         return "", ""
-    return compiler_version(path), path
+    command = (found,) if isinstance(found, str) else found
+    return compiler_version(*command), " ".join(command)
 
 
 def find_qemu() -> str:

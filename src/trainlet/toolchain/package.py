@@ -3,39 +3,32 @@
 start-up code, linker script and an example that runs there.
 
 The expected bytes come from the reference executor, not from the C they are compared with. The same input gives the
-same folder, byte for byte.
+same folder, byte for byte; one for a chip also depends on the compiler, which says how much stack it takes.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from trainlet._version import __version__
-from trainlet.emit import Compiled, c_float
-from trainlet.errors import UsageError
-from trainlet.plan.state import StateCodec
-from trainlet.reference import initial_state, train_step
+from trainlet.emit import Compiled
+from trainlet.errors import ToolMissingError
+from trainlet.toolchain.armcc import find_arm_compiler
 from trainlet.toolchain.chip import FLAGS, Firmware, build_device, link_script, port_sources
 from trainlet.toolchain.find import ARM_HINT
-from trainlet.toolchain.host import kernel_sources
+from trainlet.toolchain.folder import Written, check_folder, write_folder
+from trainlet.toolchain.host import STRICT, kernel_sources
 from trainlet.toolchain.targets import Target
+from trainlet.toolchain.vectors import expected, expected_header, expected_json
 
-STEPS = 2
-SEED = 17
-LR = float(np.float32(0.1 / 256))
-API_VERSION = 1
-STACK_BYTES: Final = 4096
-"""Of the example on a chip: room for any compiler's version of the engine, and for what a user adds."""
+API_VERSION: Final = 1
+UNMEASURED_STACK: Final = 4096
+"""Of the example where no compiler is here that could say what it needs."""
+_OWN: Final = ("README.md", "examples/")  # what the reader is meant to change
 _FOR_A_CHIP: Final = ("startup.c", "memory.c", "string.h")
 _CHIP_NOTES: Final = {
     "rp2040": "The boot ROM of the RP2040 starts a loader in the first 256 bytes of flash, part of its maker's "
@@ -44,54 +37,23 @@ _CHIP_NOTES: Final = {
 }
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What the reference executor got on the synthetic images."""
+@dataclass(frozen=True, slots=True)
+class _Chip:
+    """A target, the bytes of stack that the example gets there, and where that figure comes from."""
 
-    losses: tuple[float, ...]
-    predictions: tuple[int, ...]
-    logits: tuple[tuple[float, ...], ...]
-    state: bytes
-
-
-def synthetic_image(shape: tuple[int, ...], t: int) -> NDArray[np.int8]:
-    """Image ``t`` of the test vectors, int8 (H, W, C), by a formula that C repeats."""
-    h, w, c = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
-    return ((7 * h + 13 * w + 29 * c + 31 * t + h * w * t // 64) % 256 - 128).astype(np.int8)
-
-
-def expected(compiled: Compiled) -> Expected:
-    """Runs the training steps of the test vectors in the reference executor."""
-    graph = compiled.train
-    shape = graph.values[graph.inputs[0]].shape
-    classes = graph.values[graph.outputs[0]].size
-    state = initial_state(graph, SEED)
-    results = [train_step(graph, state, synthetic_image(shape, t), t % classes, LR) for t in range(STEPS)]
-    raw = StateCodec(compiled.graph, compiled.layout).pack_values(SEED, STEPS, state.arrays)
-    return Expected(
-        tuple(float(r.loss) for r in results),
-        tuple(int(r.prediction) for r in results),
-        tuple(tuple(float(v) for v in r.logits) for r in results),
-        raw,
-    )
-
-
-def _expected_header(e: Expected) -> str:
-    rows = [e.state[i : i + 24] for i in range(0, len(e.state), 24)]
-    body = "\n".join("    " + ", ".join(map(str, r)) + "," for r in rows)
-    return (
-        "/* SPDX-License-Identifier: Apache-2.0 */\n"
-        "/* What the reference executor got: the same steps must leave these bytes. */\n"
-        f"#define EXPECTED_STEPS {STEPS}\n#define EXPECTED_SEED {SEED}u\n#define EXPECTED_LR {c_float(LR)}\n\n"
-        f"static const float expected_loss[] = {{{', '.join(map(c_float, e.losses))}}};\n"
-        f"static const int expected_prediction[] = {{{', '.join(map(str, e.predictions))}}};\n"
-        f"static const unsigned char expected_state[{len(e.state)}] = {{\n{body}\n}};\n"
-    )
+    target: Target
+    stack_bytes: int
+    about: str
 
 
 def _template(name: str, compiled: Compiled, target: Target | None) -> str:
     prefix = compiled.sources.prefix
-    values = {"NAME": prefix, "UPPER": prefix.upper(), "TARGET": target.name if target else ""}
+    values = {
+        "NAME": prefix,
+        "UPPER": prefix.upper(),
+        "TARGET": target.name if target else "",
+        "STRICT": " ".join(STRICT),
+    }
     if target is not None:
         flags = " ".join(FLAGS)
         values |= {"CORE": target.core, "CORE_FLAGS": " ".join(target.flags), "FLAGS": flags, "HINT": ARM_HINT}
@@ -99,9 +61,8 @@ def _template(name: str, compiled: Compiled, target: Target | None) -> str:
     return re.sub(r"@(\w+)@", lambda m: values[m[1]], text)
 
 
-def _readme(compiled: Compiled, command: str, target: Target | None) -> str:
+def _readme(compiled: Compiled, command: str, build: str) -> str:
     name, upper = compiled.sources.prefix, compiled.sources.prefix.upper()
-    build = _chip_text(target) if target else _HOST_TEXT
     return f"""# {compiled.graph.name}
 
 C99 that runs and trains this model: `{command}`.
@@ -111,6 +72,9 @@ C99 that runs and trains this model: `{command}`.
 {compiled.plan.arena_bytes} bytes to work in (`{upper}_ARENA_BYTES`) and
 {compiled.layout.nbytes} bytes that hold what is trained (`{upper}_STATE_BYTES`).
 Compile with `-ffp-contract=off` and without fast math: the bytes depend on it.
+
+The command writes this folder anew. It keeps what you change of this file and of `examples/`, and your own files; it
+refuses where another of its files was changed.
 
 The code is under the Apache License 2.0. The weights in `src/{name}_data.h` stay under the model's own license.
 """
@@ -123,7 +87,8 @@ trains on two synthetic images and compares every byte of the trained state with
 """
 
 
-def _chip_text(target: Target) -> str:
+def _chip_text(chip: _Chip) -> str:
+    target = chip.target
     note = f"\n\n{_CHIP_NOTES[target.name]}" if target.name in _CHIP_NOTES else ""
     return f"""\
     cmake -B build && cmake --build build
@@ -138,8 +103,9 @@ something differs, 3 where a call was refused (`status` says why). Put your came
 into `label_of`.{note}
 
 `port/` has the start-up code, the memory map and the few functions that a compiler expects of a C library. Clocks,
-caches and pins stay as they are after reset. The stack has {STACK_BYTES} bytes (`port/link.ld`) at the bottom of SRAM,
-so that an overflow is a fault at once. In a project with start-up code of its own, take `src/` alone.
+caches and pins stay as they are after reset. The stack lies at the bottom of SRAM, so that an overflow is a fault at
+once, and has {chip.stack_bytes} bytes (`port/link.ld`): {chip.about}.
+In a project with start-up code of its own, take `src/` alone.
 
     cmake -B build-host -DHOST=ON && cmake --build build-host && build-host/example
 
@@ -147,11 +113,22 @@ does the same on this machine.
 """
 
 
-def _chip_files(compiled: Compiled, target: Target) -> dict[str, str]:
+def _chip(compiled: Compiled, target: Target) -> _Chip:
+    """The stack is that of ``build_device``: one figure, whatever is asked to fit. OverBudgetError where the model does
+    not."""
+    try:
+        nbytes, compiler = build_device(compiled, target).stack_bytes, find_arm_compiler().version
+    except ToolMissingError:
+        return _Chip(target, UNMEASURED_STACK, "a guess, since there was no compiler to measure with")
+    return _Chip(target, nbytes, f"what the deepest calls need as {compiler} makes them, and room for an interrupt")
+
+
+def _chip_files(compiled: Compiled, chip: _Chip) -> dict[str, str]:
     """What a chip needs beside the model."""
+    target = chip.target
     prefix = compiled.sources.prefix
     port = port_sources()
-    script = link_script(target, STACK_BYTES, f"lib{prefix}.a:{prefix}.c.o*", f"lib{prefix}.a:model.c.o*")
+    script = link_script(target, chip.stack_bytes, f"lib{prefix}.a:{prefix}.c.o*", f"lib{prefix}.a:model.c.o*")
     return {
         **{f"port/{k}": port[k] for k in _FOR_A_CHIP},
         "port/link.ld": script,
@@ -161,43 +138,40 @@ def _chip_files(compiled: Compiled, target: Target) -> dict[str, str]:
     }
 
 
-def link_example(compiled: Compiled, target: Target, stack_bytes: int | None = STACK_BYTES) -> Firmware:
-    """Builds the example for a chip as the folder would; ``stack_bytes`` None: what its deepest calls need.
-    OverBudgetError where it does not fit; ToolMissingError where that cannot be found out."""
+def link_example(compiled: Compiled, target: Target) -> Firmware:
+    """Builds the example for a chip as the folder would. OverBudgetError where it does not fit; ToolMissingError where
+    that cannot be found out."""
     headers = {
-        "expected.h": _expected_header(expected(compiled)), "synthetic.h": _template("synthetic.h", compiled, target),
+        "expected.h": expected_header(expected(compiled)), "synthetic.h": _template("synthetic.h", compiled, target),
     }  # fmt: skip
     main = _template("device.c", compiled, target)
     for name, text in headers.items():  # as one file, since a new header would have all kernels compiled anew
         main = main.replace(f'#include "{name}"\n', text)
-    return build_device(compiled, target, stack_bytes=stack_bytes, main=main)
+    return build_device(compiled, target, stack_bytes=build_device(compiled, target).stack_bytes, main=main)
 
 
 def package_files(compiled: Compiled, command: str, target: Target | None = None) -> dict[str, bytes]:
-    """All files of the folder by relative path, ``manifest.json`` included; with those for ``target`` if given."""
+    """All files of the folder by relative path, but for its manifest; with those for ``target`` if given."""
     e = expected(compiled)
-    vectors = {"seed": SEED, "lr": LR, "steps": STEPS, "loss": e.losses}
-    vectors |= {"prediction": e.predictions, "logits": e.logits}
+    chip = _chip(compiled, target) if target else None
     text: dict[str, str] = {
         **{f"src/{k}": v for k, v in kernel_sources().items()},
         **{f"src/{k}": v for k, v in compiled.sources.files.items()},
-        **(_chip_files(compiled, target) if target else {}),
+        **(_chip_files(compiled, chip) if chip else {}),
         "CMakeLists.txt": _template("CMakeLists.txt", compiled, target),
         "examples/host/main.c": _template("main.c", compiled, target),
         "test_vectors/synthetic.h": _template("synthetic.h", compiled, target),
-        "test_vectors/expected.h": _expected_header(e),
-        "test_vectors/expected.json": json.dumps(vectors, indent=2) + "\n",
+        "test_vectors/expected.h": expected_header(e),
+        "test_vectors/expected.json": expected_json(e),
         "scheme.json": compiled.scheme.to_json(),
-        "README.md": _readme(compiled, command, target),
+        "README.md": _readme(compiled, command, _chip_text(chip) if chip else _HOST_TEXT),
     }
-    files = {k: v.encode() for k, v in text.items()}
-    files["test_vectors/state.bin"] = e.state
-    files["manifest.json"] = _manifest(compiled, command, target, files)
-    return files
+    return {**{k: v.encode() for k, v in text.items()}, "test_vectors/state.bin": e.state}
 
 
-def _manifest(compiled: Compiled, command: str, target: Target | None, files: Mapping[str, bytes]) -> bytes:
-    facts = {
+def _facts(compiled: Compiled, command: str, target: Target | None) -> dict[str, object]:
+    """What the manifest says beside the files."""
+    return {
         "trainlet": __version__,
         "api_version": API_VERSION,
         "command": command,
@@ -208,34 +182,17 @@ def _manifest(compiled: Compiled, command: str, target: Target | None, files: Ma
         "bits": compiled.scheme.bits,
         "arena_bytes": compiled.plan.arena_bytes,
         "state_bytes": compiled.layout.nbytes,
-        "sha256": {k: hashlib.sha256(v).hexdigest() for k, v in sorted(files.items())},
     }
-    return (json.dumps(facts, indent=2) + "\n").encode()
 
 
-def write_package(compiled: Compiled, out: Path, command: str, target: Target | None = None) -> tuple[Path, ...]:
-    """Writes the folder and returns the paths written; what an earlier call wrote and this one does not goes, unless it
-    was changed since. UsageError where ``out`` holds files of something else."""
-    manifest = out / "manifest.json"
-    if out.exists() and any(out.iterdir()) and not manifest.exists():
-        raise UsageError(f"{out}: the folder holds files that trainlet did not write; name an empty or a new folder")
-    files = package_files(compiled, command, target)
-    before = _written_before(manifest)
-    for name in before.keys() - files.keys():
-        path = out / name
-        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == before[name]:
-            path.unlink()
-    for name, data in files.items():
-        path = out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return tuple(out / name for name in files)
-
-
-def _written_before(manifest: Path) -> dict[str, str]:
-    """SHA-256 of the files of an earlier call by relative path."""
-    try:
-        found = json.loads(manifest.read_bytes())["sha256"]
-        return {k: v for k, v in found.items() if ".." not in Path(k).parts and not Path(k).is_absolute()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+def write_package(
+    compiled: Compiled, out: str | Path, command: str, target: Target | None = None, *, overwrite: bool = False
+) -> Written:
+    """Writes the folder, anew where an earlier call wrote it. What the reader changed of the README and the examples is
+    kept; UsageError where anything else was changed, unless to ``overwrite`` it, or where ``out`` holds files of
+    something else. ``command`` is how it was made, for its README. OverBudgetError where the model does not fit
+    ``target``."""
+    out = Path(out)
+    check_folder(out)
+    files, facts = package_files(compiled, command, target), _facts(compiled, command, target)
+    return write_folder(out, files, facts, _OWN, overwrite=overwrite)

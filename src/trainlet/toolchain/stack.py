@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much stack a program can need at most, from the call graphs that GCC writes (-fcallgraph-info=su)."""
+"""How much stack a program can need at most, from the call graphs that GCC writes (-fcallgraph-info=su), and how much
+it gets."""
 
 from __future__ import annotations
 
@@ -17,6 +18,14 @@ INDIRECT: Final = "__indirect_call"
 """What a call through a pointer calls, in a call graph."""
 HELPER_BYTES: Final = 64
 """Charged for a function of the compiler's own library, of which it tells nothing."""
+INTERRUPT_BYTES: Final = 256
+"""Of every stack, beyond what the deepest calls need: for one interrupt at a time. Its frame, with the FPU's registers
+and aligned, takes up to 112 bytes; the rest is its handler's, and that by which another main is deeper than ours."""
+
+
+def stack_reserve(graphs: Iterable[str], root: str, indirect: Mapping[str, str], helper_bytes: int) -> int:
+    """Bytes of stack that a program gets, the same in every command: ``stack_bound`` and room for an interrupt."""
+    return stack_bound(graphs, root, indirect, helper_bytes) + INTERRUPT_BYTES
 
 
 def stack_bound(graphs: Iterable[str], root: str, indirect: Mapping[str, str], helper_bytes: int = HELPER_BYTES) -> int:

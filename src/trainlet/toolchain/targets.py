@@ -45,6 +45,15 @@ class Target:
         return sum(p.nbytes for p in self.pools)
 
 
+@dataclass(frozen=True, slots=True)
+class Host:
+    """This machine, and any other: plain C99 that its compiler makes the best of."""
+
+    core: str = "host"
+
+
+HOST: Final = Host()
+
 _M7 = ("-mcpu=cortex-m7", "-mthumb", "-mfpu=fpv5-sp-d16", "-mfloat-abi=hard")
 _M4F = ("-mcpu=cortex-m4", "-mthumb", "-mfpu=fpv4-sp-d16", "-mfloat-abi=hard")
 _M0 = ("-mcpu=cortex-m0plus", "-mthumb", "-mfloat-abi=soft")

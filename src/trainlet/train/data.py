@@ -12,11 +12,13 @@ order in which images are asked for.
 from __future__ import annotations
 
 import hashlib
+import io
 import math
+import unicodedata
 import warnings
-import zipfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -25,6 +27,8 @@ from numpy.typing import NDArray
 
 from trainlet.errors import ToolMissingError, UsageError
 from trainlet.ir import Image
+from trainlet.train.arrays import Header, read_npz
+from trainlet.train.digests import file_digests, read_file
 
 if TYPE_CHECKING:
     from PIL import Image as PilImage
@@ -34,9 +38,9 @@ AUGMENT: Final = ("crop", "flip")
 CROP_SHARE: Final = 0.875  # a crop keeps this share of the shorter side
 MAX_PIXELS: Final = 50_000_000  # of an image file
 MAX_RESIZED: Final = 1 << 22  # pixels of an image brought to size: a file far longer than wide is refused
-MAX_ARRAYS: Final = 8 << 30
 CACHE_BYTES: Final = 4 << 30
 MAX_CLASSES: Final = 65535
+MAX_NAMES: Final = 16 << 20  # bytes of all names of classes in an array
 
 # no decoder that runs another program (EPS), none for formats that are no photographs
 _FORMATS: Final = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "PPM", "TIFF")
@@ -72,12 +76,14 @@ class Split(Protocol):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Both splits. ``fingerprint`` changes with the classes and with the list and sizes of the files."""
+    """Both splits. ``fingerprint`` changes with the classes, the labels and the content of the images; see the function
+    of that name. ``transform`` is how the images of ``load_data`` were made."""
 
     classes: tuple[str, ...]
-    train: Split
-    val: Split
+    train: Split = field(repr=False)
+    val: Split = field(repr=False)
     fingerprint: str
+    transform: Transform | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +140,27 @@ def load_data(path: Path, transform: Transform) -> Dataset:
     return _open_arrays(path, transform)
 
 
+def fingerprint(classes: Sequence[str], images: Iterable[tuple[str, int, bytes]]) -> str:
+    """What tells one data set from another: the SHA-256, in hex, over the names of the classes and the name, label and
+    SHA-256 of the content of each image of both splits, in their order."""
+    h = hashlib.sha256()
+    for name in classes:
+        h.update(f"{len(name)} {name}\n".encode())
+    for name, label, digest in images:
+        h.update(f"{len(name)} {name} {label}\n".encode("utf-8", "surrogateescape") + digest)
+    return h.hexdigest()
+
+
+def _check_names(where: str, classes: Sequence[str]) -> None:
+    """A name is shown, and written as UTF-8: control characters and halves of characters have no place in it."""
+    for name in classes:
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
+            raise UsageError(f"{where}: the class name {name!a} has a character that is no text; rename this class")
+    if len(set(classes)) != len(classes):
+        name, _ = Counter(classes).most_common(1)[0]
+        raise UsageError(f"{where}: the class name {name!a} is there twice; give each class its own")
+
+
 def to_int8(pixels: Pixels) -> Image:
     """q = pixel - 128."""
     return (pixels ^ np.uint8(0x80)).view(np.int8)
@@ -163,8 +190,11 @@ class _Folder:
     """One split of a folder. Decoded pictures are kept, resized but not cut where crops are drawn, up to
     ``CACHE_BYTES``."""
 
-    def __init__(self, files: Sequence[Path], labels: Sequence[int], transform: Transform) -> None:
+    def __init__(
+        self, files: Sequence[Path], digests: Sequence[bytes], labels: Sequence[int], transform: Transform
+    ) -> None:
         self._files = files
+        self._digests = digests
         self._labels = np.array(labels, np.int64)
         self._transform = transform
         self._kept: dict[int, Pixels] = {}
@@ -188,7 +218,11 @@ class _Folder:
         return to_int8(self._transform.cut(pixels, _words(draw, index)))
 
     def _decode(self, index: int) -> Pixels:
-        pixels = read_picture(self._files[index], self._transform)
+        file = self._files[index]
+        content = read_file(file)
+        if hashlib.sha256(content).digest() != self._digests[index]:
+            raise UsageError(f"{file}: has changed while this command ran; leave the images alone and start it again")
+        pixels = decode(file, content, self._transform)
         if "crop" not in self._transform.augment:
             pixels = self._transform.cut(pixels, None)
         if self._kept_bytes + pixels.nbytes <= CACHE_BYTES:
@@ -212,16 +246,19 @@ def _open_folder(path: Path, transform: Transform) -> Dataset:
         raise UsageError(f"{path / 'train'}: {classes[0]!r} is the only class; training needs at least 2 class folders")
     if len(classes) > MAX_CLASSES:
         raise UsageError(f"{path / 'train'}: {len(classes)} classes; at most {MAX_CLASSES} are possible")
-    h = hashlib.sha256()
-    splits = []
-    for name, groups in found.items():
-        files = [f for c in classes for f in groups[c]]
-        labels = [k for k, c in enumerate(classes) for _ in groups[c]]
-        for f in files:
-            h.update(f"{f.relative_to(path).as_posix()}\0{f.stat().st_size}\n".encode("utf-8", "surrogateescape"))
-        plain = Transform(transform.shape, transform.resize)
-        splits.append(_Folder(files, labels, transform if name == "train" else plain))
-    return Dataset(classes, splits[0], splits[1], h.hexdigest())
+    _check_names(str(path / "train"), classes)
+    plain = Transform(transform.shape, transform.resize)
+    files = {name: [f for c in classes for f in groups[c]] for name, groups in found.items()}
+    labels = {name: [k for k, c in enumerate(classes) for _ in groups[c]] for name, groups in found.items()}
+    digests = {name: file_digests(path / name, files[name]) for name in files}
+    images = [
+        (file.relative_to(path).as_posix(), label, digest)
+        for name in files
+        for file, label, digest in zip(files[name], labels[name], digests[name], strict=True)
+    ]
+    train_split = _Folder(files["train"], digests["train"], labels["train"], transform)
+    val_split = _Folder(files["val"], digests["val"], labels["val"], plain)
+    return Dataset(classes, train_split, val_split, fingerprint(classes, images), transform)
 
 
 def _list_split(path: Path, split: str) -> dict[str, list[Path]]:
@@ -250,15 +287,15 @@ def _list_class(folder: Path) -> list[Path]:
 _MODES: Final = {1: "L", 3: "RGB"}
 
 
-def read_picture(path: Path, transform: Transform) -> Pixels:
-    """Decodes an image file, turned upright as its EXIF says, in 1 or 3 channels and resized as ``transform`` says, but
-    not cut. Raises UsageError naming the file where it is unreadable, damaged or absurdly large."""
+def decode(path: Path, content: bytes, transform: Transform) -> Pixels:
+    """Decodes the ``content`` of an image file, turned upright as its EXIF says, in 1 or 3 channels and resized as
+    ``transform`` says, but not cut. Raises UsageError naming the file where it is damaged or absurdly large."""
     pil = _pillow()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pil.Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # remarks on odd metadata
-            with pil.Image.open(path, formats=_FORMATS) as picture:
+            with pil.Image.open(io.BytesIO(content), formats=_FORMATS) as picture:
                 _check_size(path, picture.width, picture.height, transform)
                 upright = _convert(pil.ImageOps.exif_transpose(picture), _MODES[transform.shape[2]], pil)
     except UsageError:
@@ -285,7 +322,7 @@ def _check_size(path: Path, width: int, height: int, transform: Transform) -> No
 def _convert(picture: PilImage.Image, mode: str, pil: Any) -> PilImage.Image:
     """To 8-bit gray or RGB; 16-bit gray keeps its upper bits, which Pillow by itself would clip."""
     if picture.mode.startswith("I"):
-        upper = np.clip(np.asarray(picture).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+        upper = np.clip(np.asarray(picture) >> 8, 0, 255).astype(np.uint8)
         picture = pil.Image.fromarray(upper)
     if picture.mode == "P" and "transparency" in picture.info:
         picture = picture.convert("RGBA")
@@ -321,9 +358,9 @@ class _Arrays:
 def _open_arrays(path: Path, transform: Transform) -> Dataset:
     if "crop" in transform.augment:
         raise UsageError(f"{path}: arrays have the model's size, so there is nothing to crop; augment with flip")
-    found = _read_arrays(path)
-    images = {s: _images(path, f"x_{s}", found[f"x_{s}"], transform.shape) for s in ("train", "val")}
-    y = {s: _labels(path, f"y_{s}", found[f"y_{s}"], len(images[s])) for s in images}
+    found = read_npz(path, _NAMES, ("classes",), lambda headers: _check_headers(path, headers, transform.shape))
+    images = {s: _images(found[f"x_{s}"]) for s in ("train", "val")}
+    y = {s: _labels(path, f"y_{s}", found[f"y_{s}"]) for s in images}
     classes = _array_classes(path, found.get("classes"), y["train"])
     for s, labels in y.items():
         wrong = labels[labels >= len(classes)]
@@ -332,44 +369,50 @@ def _open_arrays(path: Path, transform: Transform) -> Dataset:
     empty = np.flatnonzero(np.bincount(y["train"], minlength=len(classes)) == 0)
     if empty.size:
         raise UsageError(f"{path}: y_train: class {classes[empty[0]]!r} has no image; number the classes without a gap")
-    h = hashlib.sha256("\0".join(classes).encode())
-    for s in images:
-        h.update(images[s].tobytes() + y[s].astype("<i8").tobytes())
+    each = (
+        (s, label, hashlib.sha256(x).digest()) for s in y for x, label in zip(images[s], y[s].tolist(), strict=True)
+    )
     splits = [_Arrays(images[s], y[s], transform, f"{path}: x_{s}") for s in ("train", "val")]
-    return Dataset(classes, splits[0], splits[1], h.hexdigest())
+    return Dataset(classes, splits[0], splits[1], fingerprint(classes, each), transform)
 
 
-def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    names = ("x_train", "y_train", "x_val", "y_val")
-    try:
-        with zipfile.ZipFile(path) as z:
-            size = sum(i.file_size for i in z.infolist())
-        if size > MAX_ARRAYS:
-            raise UsageError(f"{path}: {size} bytes of arrays; at most {MAX_ARRAYS >> 30} GiB are read")
-        with np.load(path, allow_pickle=False) as npz:
-            for name in names:
-                if name not in npz.files:
-                    raise UsageError(f"{path}: the array {name} is missing; give {', '.join(names)}")
-            return {name: npz[name] for name in (*names, "classes") if name in npz.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as e:
-        raise UsageError(f"{path}: cannot be read ({e}); write it with numpy.savez") from None
+_NAMES: Final = ("x_train", "y_train", "x_val", "y_val")
 
 
-def _images(path: Path, name: str, x: NDArray[Any], shape: tuple[int, int, int]) -> Image:
+def _check_headers(path: Path, headers: Mapping[str, Header], shape: tuple[int, int, int]) -> None:
+    for s in ("train", "val"):
+        _check_images(path, f"x_{s}", headers[f"x_{s}"], shape)
+        _check_labels(path, f"y_{s}", headers[f"y_{s}"], headers[f"x_{s}"].shape[0])
+    names = headers.get("classes")
+    if names is None:
+        return
+    if len(names.shape) != 1 or names.dtype.kind != "U":
+        raise UsageError(f"{path}: classes: a list of texts is expected, not {names.dtype} {names.shape}")
+    if names.shape[0] > MAX_CLASSES or names.nbytes > MAX_NAMES:
+        raise UsageError(f"{path}: classes: at most {MAX_CLASSES} are possible, with {MAX_NAMES >> 20} MiB of names")
+
+
+def _check_images(path: Path, name: str, x: Header, shape: tuple[int, int, int]) -> None:
     if x.dtype not in (np.uint8, np.int8):
         raise UsageError(f"{path}: {name}: {x.dtype}; images are uint8 pixels, or int8 (pixel - 128)")
-    if x.ndim != 4 or x.shape[1:] != shape:
+    if len(x.shape) != 4 or x.shape[1:] != shape:
         raise UsageError(f"{path}: {name}: shape {x.shape}; this model takes (N, {', '.join(map(str, shape))})")
-    if not len(x):
+    if not x.shape[0]:
         raise UsageError(f"{path}: {name}: there is no image")
-    return np.ascontiguousarray(x if x.dtype == np.int8 else to_int8(x)).view(np.int8)
 
 
-def _labels(path: Path, name: str, y: NDArray[Any], count: int) -> NDArray[np.int64]:
-    if y.ndim != 1 or y.dtype.kind not in "iu":
+def _check_labels(path: Path, name: str, y: Header, count: int) -> None:
+    if len(y.shape) != 1 or y.dtype.kind not in "iu":
         raise UsageError(f"{path}: {name}: labels are whole numbers in one dimension, not {y.dtype} {y.shape}")
-    if len(y) != count:
-        raise UsageError(f"{path}: {name}: {len(y)} labels for {count} images")
+    if y.shape[0] != count:
+        raise UsageError(f"{path}: {name}: {y.shape[0]} labels for {count} images")
+
+
+def _images(x: NDArray[Any]) -> Image:
+    return np.ascontiguousarray(x if x.dtype == np.int8 else to_int8(x))
+
+
+def _labels(path: Path, name: str, y: NDArray[Any]) -> NDArray[np.int64]:
     wrong = y[(y < 0) | (y >= MAX_CLASSES)]
     if wrong.size:
         raise UsageError(f"{path}: {name}: label {wrong[0]} is out of range, labels go from 0 to {MAX_CLASSES - 1}")
@@ -377,9 +420,10 @@ def _labels(path: Path, name: str, y: NDArray[Any], count: int) -> NDArray[np.in
 
 
 def _array_classes(path: Path, names: NDArray[Any] | None, y: NDArray[np.int64]) -> tuple[str, ...]:
-    if names is not None and (names.ndim != 1 or names.dtype.kind != "U"):
-        raise UsageError(f"{path}: classes: a list of texts is expected, not {names.dtype} {names.shape}")
+    if names is not None and names.view(np.dtype("u4").newbyteorder(names.dtype.byteorder)).max(initial=0) > 0x10FFFF:
+        raise UsageError(f"{path}: classes: a name has a character that is no text; rename this class")
     classes = tuple(map(str, range(int(y.max()) + 1) if names is None else names))
     if len(classes) < 2:
         raise UsageError(f"{path}: y_train: there is only one class; training needs at least 2")
+    _check_names(f"{path}: classes", classes)
     return classes

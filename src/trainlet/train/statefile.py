@@ -4,10 +4,9 @@ belong to. Reading is strict, writing is atomic; the same state gives the same b
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -20,6 +19,8 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from trainlet.errors import UsageError
+from trainlet.train.folder import open_regular
+from trainlet.train.folder import write_atomic as write_atomic
 
 FORMAT: Final = "trainlet.state"
 VERSION: Final = 1
@@ -64,21 +65,6 @@ def state_sha256(arrays: Arrays) -> str:
         h.update(name.encode() + b"\0")
         h.update(a.astype(a.dtype.newbyteorder("<")).tobytes())
     return h.hexdigest()
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a file so that it has either its old bytes or the new ones, whenever the machine stops. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def save(state: TrainedState, path: Path) -> None:
@@ -127,7 +113,7 @@ def _checksum(document: Mapping[str, Any], arrays: Arrays) -> str:
 
 def _read(path: Path) -> bytes:
     try:
-        with path.open("rb") as f:
+        with open_regular(path) as f:
             raw = f.read(MAX_BYTES + 1)
     except OSError as e:
         raise UsageError(f"{path}: cannot be read ({e.strerror}); {_AGAIN}") from None
@@ -140,11 +126,15 @@ def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no JSON number")
 
 
+def _finite(text: str) -> float:
+    return float(text) if math.isfinite(float(text)) else _no_number(text)
+
+
 def _document(path: Path, header: Any) -> dict[str, Any]:
     """The metadata entry, of a version that is read."""
     text = (header.get("__metadata__") or {}).get(_ENTRY)
     try:
-        document = json.loads(text, parse_constant=_no_number) if isinstance(text, str) else None
+        document = json.loads(text, parse_constant=_no_number, parse_float=_finite) if isinstance(text, str) else None
     except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict) or document.get("format") != FORMAT:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check of streams: every row that a node reads is still in its ring. It runs the rows of a stream with nothing but
-their numbers, and shares no code with what sized the rings."""
+"""The check of depth-first runs: every row that a node reads is still in its ring. It counts the rows of a run with
+nothing but their numbers, and shares no code with what sized the rings."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from trainlet.attrs import Conv2d, Stream
-from trainlet.ir.graph import Graph, Node, Value
-from trainlet.ops import dtype_bits
+from trainlet.ir import DepthFirst, Graph, Node, Value, dtype_bits
+from trainlet.ops import OPS, No, window
 from trainlet.verify.errors import check
 
 
@@ -27,21 +26,21 @@ class _Tensor:
         self.made += 1
 
 
-def verify_streams(graph: Graph) -> None:
+def verify_depth_first(graph: Graph) -> None:
     """Raises VerifyError naming the node that would read a row which has been overwritten, or that never runs."""
     for node in graph.nodes:
-        if isinstance(node.attrs, Stream):
+        if isinstance(node.attrs, DepthFirst):
             _verify(graph, node, node.attrs)
 
 
 class _Shared:
     """The bytes of an input that the last output is written over: which row of the input each still holds."""
 
-    def __init__(self, node: Node, stream: Stream, gone: Value) -> None:
-        self.gone, self.last, self.lead = gone.name, stream.nodes[-1], stream.lead
+    def __init__(self, node: Node, run: DepthFirst, gone: Value) -> None:
+        self.gone, self.last, self.lead = gone.name, run.nodes[-1], run.lead
         self.row = gone.size * dtype_bits(gone.dtype) // 8 // gone.shape[0]
         self.owner = np.repeat(np.arange(gone.shape[0]), self.row)
-        y = {v.name: v for v in stream.values}[self.last.outputs[0]]
+        y = {v.name: v for v in run.values}[self.last.output]
         self.out_row = y.size * dtype_bits(y.dtype) // 8 // y.shape[0]
         check(self.lead % 4 == 0 and self.lead >= 0, node, f"its lead is a multiple of 4, not {self.lead}")
 
@@ -55,24 +54,26 @@ class _Shared:
         return [r for r in rows if (self.owner[r * self.row : (r + 1) * self.row] != r).any()]
 
     def reads_itself(self, reader: Node) -> bool:
-        """Whether ``reader`` may write over what it reads for the same row: an addition, of the very same bytes."""
-        return reader is self.last and reader.op == "add" and self.lead == 0 and self.row == self.out_row
+        """Whether ``reader`` may write over what it reads for the same row: element by element the very same bytes."""
+        rule = OPS[reader.op].overwrites
+        elementwise = not isinstance(rule, No) and rule.elementwise
+        return reader is self.last and elementwise and self.lead == 0 and self.row == self.out_row
 
 
-def _verify(graph: Graph, node: Node, stream: Stream) -> None:
-    rows = dict(stream.rings)
-    made = {v.name: v for v in stream.values}
+def _verify(graph: Graph, node: Node, run: DepthFirst) -> None:
+    rows = dict(run.rings)
+    made = {v.name: v for v in run.values}
     tensors = {name: _empty(v, rows) for name, v in made.items()}
-    shared = _Shared(node, stream, graph.values[node.overwrites]) if node.overwrites else None
+    shared = _Shared(node, run, graph.values[node.overwrites]) if node.overwrites else None
     image = next((name for name in rows if name not in made), None)
     if image is not None:
         tensors[image] = _empty(graph.values[image], rows)
         for _ in range(tensors[image].height):
             tensors[image].put()
-            _drain(stream, tensors, shared)
-    _drain(stream, tensors, shared)
-    for n in stream.nodes:
-        t = tensors[n.outputs[0]]
+            _drain(run, tensors, shared)
+    _drain(run, tensors, shared)
+    for n in run.nodes:
+        t = tensors[n.output]
         check(t.made == t.height, node, f"{n.name!r} makes all {t.height} rows of its output, not {t.made}")
 
 
@@ -80,11 +81,11 @@ def _empty(v: Value, rows: dict[str, int]) -> _Tensor:
     return _Tensor(v.shape[0], [-1] * rows.get(v.name, v.shape[0]))
 
 
-def _drain(stream: Stream, tensors: dict[str, _Tensor], shared: _Shared | None) -> None:
+def _drain(run: DepthFirst, tensors: dict[str, _Tensor], shared: _Shared | None) -> None:
     again = True
     while again:
         again = False
-        for n in stream.nodes[::-1]:
+        for n in run.nodes[::-1]:
             if _advance(n, tensors, shared):
                 again = True
                 break
@@ -92,7 +93,7 @@ def _drain(stream: Stream, tensors: dict[str, _Tensor], shared: _Shared | None) 
 
 def _advance(node: Node, tensors: dict[str, _Tensor], shared: _Shared | None) -> bool:
     """Makes a row of the node's output if all rows that it reads have been made; whether it did."""
-    out = tensors[node.outputs[0]]
+    out = tensors[node.output]
     if out.made == out.height:
         return False
     read = {v: _rows(node, tensors[v].height, out.made) for v in node.inputs if v in tensors}
@@ -118,16 +119,13 @@ def _overwrite(node: Node, shared: _Shared, y: int) -> None:
 
 
 def _needs(node: Node, height: int, y: int) -> int:
-    """How many rows of an input there are before output row ``y`` is made: all up to the last tap, dilation or not."""
-    a = node.attrs
-    last = y * a.stride[0] - a.pads[0] + (a.kernel[0] - 1) * a.dilation[0] if isinstance(a, Conv2d) else y
-    return min(max(last + 1, 0), height)
+    """How many rows of an input there are before output row ``y`` is made: all up to the last that it needs."""
+    w = window(node)
+    return min(max(y * w.stride - w.pad + w.size, 0), height)
 
 
 def _rows(node: Node, height: int, y: int) -> list[int]:
     """The rows of an input that output row ``y`` is made from."""
-    a = node.attrs
-    if not isinstance(a, Conv2d):
-        return [y]
-    taps = (y * a.stride[0] - a.pads[0] + k * a.dilation[0] for k in range(a.kernel[0]))
-    return [r for r in taps if 0 <= r < height]
+    w = window(node)
+    begin = y * w.stride - w.pad
+    return [r for r in range(begin, begin + w.size) if 0 <= r < height]

@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from trainlet.attrs import Stream
-from trainlet.ir.graph import Graph, Kind, Value
-from trainlet.ops import dtype_bits
+from trainlet.ir import DepthFirst, Graph, Kind, Value, dtype_bits
 from trainlet.verify.errors import check, fail, node_label
 
 ALIGNMENT = 4
@@ -85,10 +83,10 @@ def _in_arena(v: Value) -> bool:
 
 
 def _rings(graph: Graph) -> dict[str, tuple[int, int, Value]]:
-    """What exists by rows only: the index of its stream, the bytes of its ring, the value."""
+    """What exists by rows only: the index of its run, the bytes of its ring, the value."""
     found = {}
     for i, node in enumerate(graph.nodes):
-        if not isinstance(node.attrs, Stream):
+        if not isinstance(node.attrs, DepthFirst):
             continue
         known = {**graph.values, **{v.name: v for v in node.attrs.values}}
         for name, rows in node.attrs.rings:
@@ -106,15 +104,15 @@ def _value_blocks(graph: Graph, plan: Plan) -> list[_Block]:
     begins = [-1 if i == 0 and _fed(graph) else i for i in range(len(graph.nodes))]
     first = {name: begins[i] for i, node in enumerate(graph.nodes) for name in node.outputs}
     last = {name: i for i, node in enumerate(graph.nodes) for name in (*node.inputs, *node.outputs)}
-    last |= {name: len(graph.nodes) for name in graph.outputs}
+    last |= {name: len(graph.nodes) for name in graph.interface.made}
     for i, node in enumerate(graph.nodes):
         if node.overwrites:
-            stream = node.attrs if isinstance(node.attrs, Stream) else None
-            made = stream.nodes[-1].outputs[0] if stream else node.outputs[0]
+            run = node.attrs if isinstance(node.attrs, DepthFirst) else None
+            made = run.nodes[-1].output if run else node.output
             here, there = plan.offsets.get(made, -1), plan.offsets.get(node.overwrites, -2)
-            before = stream.lead if stream else 0
+            before = run.lead if run else 0
             check(here == there - before, node, f"writes {before} bytes before {node.overwrites!r}, the overwritten")
-            last[node.overwrites] = i if stream else i - 1  # from node i on the bytes are the output's
+            last[node.overwrites] = i if run else i - 1  # from node i on the bytes are the output's
     rings = _rings(graph)
     whole = [(v, v.nbytes, first.get(v.name, -1), last.get(v.name, -1)) for v in graph.values.values() if _in_arena(v)]
     lives = [row for row in whole if row[0].name not in rings]
@@ -145,14 +143,14 @@ def _scratch_blocks(graph: Graph, plan: Plan) -> list[_Block]:
     return blocks
 
 
-def _streamed_over(graph: Graph) -> set[frozenset[str]]:
-    """Pairs of values that share bytes row by row: what that does is the business of verify_streams."""
-    streams = [n for n in graph.nodes if n.overwrites and isinstance(n.attrs, Stream)]
-    return {frozenset(f"value {v!r}" for v in (n.overwrites, n.outputs[-1])) for n in streams}
+def _by_rows_over(graph: Graph) -> set[frozenset[str]]:
+    """Pairs of values that share bytes row by row: what that does is the business of verify_depth_first."""
+    runs = [n for n in graph.nodes if n.overwrites and isinstance(n.attrs, DepthFirst)]
+    return {frozenset(f"value {v!r}" for v in (n.overwrites, n.outputs[-1])) for n in runs}
 
 
 def _check_overlaps(graph: Graph, blocks: Sequence[_Block]) -> None:
-    pairs = _streamed_over(graph)
+    pairs = _by_rows_over(graph)
     for i, a in enumerate(blocks):
         for b in blocks[:i]:
             at = max(a.first, b.first)
@@ -165,7 +163,7 @@ def _check_overlaps(graph: Graph, blocks: Sequence[_Block]) -> None:
 
 def _peak(graph: Graph, blocks: Sequence[_Block]) -> int:
     """At least so many bytes live at once; of two values that share bytes the smaller one is left out."""
-    pairs = _streamed_over(graph)
+    pairs = _by_rows_over(graph)
     smaller = {min((b for b in blocks if b.label in pair), key=lambda b: b.need).label for pair in pairs}
     times = range(-1, len(graph.nodes) + 1)
     return max(sum(b.need for b in blocks if b.first <= t <= b.last and b.label not in smaller) for t in times)

@@ -15,10 +15,10 @@ void tl_bias_grad_s32(tl_view r, int32_t height, int32_t width, int32_t channels
     }
 }
 
-void tl_bias_sgd_s32(const tl_step *step, uint32_t stream, const int32_t *db, int32_t e, int32_t channels,
+void tl_bias_sgd_s32(const tl_step *step, uint32_t site, const int32_t *db, int32_t e, int32_t channels,
                      const float *rate, float lr, int32_t pre, int32_t *bias)
 {
-    const uint32_t key = tl_site_key(step->key, stream);
+    const uint32_t key = tl_site_key(step->key, site);
     for (int32_t c = 0; c < channels; c++) {
         const float v = lr * rate[c];
         if (v == 0.0f) continue;
@@ -27,9 +27,9 @@ void tl_bias_sgd_s32(const tl_step *step, uint32_t stream, const int32_t *db, in
     }
 }
 
-void tl_bias_sgd_s8(const tl_step *step, uint32_t stream, tl_grad g, int32_t height, int32_t width, int32_t channels,
+void tl_bias_sgd_s8(const tl_step *step, uint32_t site, tl_grad g, int32_t height, int32_t width, int32_t channels,
                     const float *rate, float lr, int32_t pre, int32_t *bias, void *scratch)
 {
     tl_bias_grad_s32(g.r, height, width, channels, scratch);
-    tl_bias_sgd_s32(step, stream, scratch, g.e, channels, rate, lr, pre, bias);
+    tl_bias_sgd_s32(step, site, scratch, g.e, channels, rate, lr, pre, bias);
 }

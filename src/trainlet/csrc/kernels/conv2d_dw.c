@@ -144,7 +144,7 @@ void tl_conv2d_dw_s8(const tl_step *step, const tl_conv *c, const tl_dw *d, tl_g
 {
     const int32_t og = c->out_c / c->groups, cg = c->in_c / c->groups, taps = c->kh * c->kw;
     const int32_t blocks = (d->kept + TL_LANES - 1) / TL_LANES;
-    const uint32_t key = tl_site_key(step->key, d->stream);
+    const uint32_t key = tl_site_key(step->key, d->site);
     tile t;
     t.gradient = scratch;
     t.packed = (int8_t *)(t.gradient + TL_ROWS * TL_EVEN(TL_MIN(CHUNK, c->out_h * c->out_w)));

@@ -72,7 +72,7 @@ void tl_depthwise_dw_s8(const tl_step *step, const tl_conv *c, const tl_dw *d, t
                         int8_t *w, uint8_t *fraction, void *scratch)
 {
     const int32_t taps = c->kh * c->kw;
-    const uint32_t key = tl_site_key(step->key, d->stream);
+    const uint32_t key = tl_site_key(step->key, d->site);
     int32_t *sums = scratch;
     int16_t *r = (int16_t *)(sums + taps * BLOCK), *row = r + c->out_w * BLOCK;
     for (int32_t j0 = 0; j0 < d->kept; j0 += BLOCK) {

@@ -145,14 +145,13 @@ void tl_dense_sgd_f32(const float *g, const int8_t *x, int32_t zero, float scale
     }
 }
 
-void tl_dense_init_f32(uint32_t seed, int32_t classes, int32_t features, float inv_sqrt, float *w, float *b)
+void tl_random_f32(uint32_t seed, int32_t n, float range, float *out)
 {
     const uint32_t key = tl_site_key(tl_step_key(seed, 0), 0xffffffffu);
-    for (int32_t i = 0; i < classes * features; i++) {
+    for (int32_t i = 0; i < n; i++) {
         const float unit = (float)(tl_word(key, (uint32_t)i) >> 8) * power_of_two(-23);
-        w[i] = (unit - 1.0f) * inv_sqrt;
+        out[i] = (unit - 1.0f) * range;
     }
-    for (int32_t k = 0; k < classes; k++) b[k] = 0.0f;
 }
 
 /* The exponent of frexp: |v| = f 2^e with f in [0.5, 1); v is normal (tiny values were cut to 0). */
@@ -172,25 +171,24 @@ static int32_t scaled_trunc(float v, int32_t n)
     return (int32_t)(u >> 31 ? -h : h);
 }
 
-tl_status tl_avg_pool_dx_s8(tl_step *step, uint32_t stream, float *gf, int32_t features, float inv_pixels, int8_t *r,
-                            int16_t *e)
+tl_status tl_enter_grad_s8(tl_step *step, uint32_t site, float *v, int32_t n, float factor, int8_t *r, int16_t *e)
 {
-    const uint32_t key = tl_site_key(step->key, stream);
+    const uint32_t key = tl_site_key(step->key, site);
     float largest = 0.0f;
-    for (int32_t c = 0; c < features; c++) {
-        const float v = gf[c] * inv_pixels;
-        if (!is_finite(v)) return TL_NOT_FINITE;
-        gf[c] = absolute(v) < power_of_two(-100) ? 0.0f : v;
-        largest = absolute(gf[c]) > largest ? absolute(gf[c]) : largest;
+    for (int32_t i = 0; i < n; i++) {
+        const float scaled = v[i] * factor;
+        if (!is_finite(scaled)) return TL_NOT_FINITE;
+        v[i] = absolute(scaled) < power_of_two(-100) ? 0.0f : scaled;
+        largest = absolute(v[i]) > largest ? absolute(v[i]) : largest;
     }
     if (largest == 0.0f) return TL_ZERO_GRADIENT;
     step->anchor = exponent_of(largest);
     *e = (int16_t)(step->anchor - 7);
-    for (int32_t c = 0; c < features; c++) {
-        const int32_t q = tl_sround(scaled_trunc(gf[c], 20 - *e), 20, tl_word(key, (uint32_t)c));
-        r[c] = (int8_t)tl_clamp(q, -127, 127);
-        step->saturated += q != r[c];
+    for (int32_t i = 0; i < n; i++) {
+        const int32_t q = tl_sround(scaled_trunc(v[i], 20 - *e), 20, tl_word(key, (uint32_t)i));
+        r[i] = (int8_t)tl_clamp(q, -127, 127);
+        step->saturated += q != r[i];
     }
-    step->rounded += (uint32_t)features;
+    step->rounded += (uint32_t)n;
     return TL_OK;
 }

@@ -48,11 +48,13 @@ tl_status tl_model_init(const tl_model *m, tl_context *c, int16_t *exponent, voi
 void tl_model_reset(const tl_model *m, tl_context *c, uint32_t seed)
 {
     memset(c->state, 0, m->state_bytes);
-    tl_dense_init_f32(seed, m->classes, m->features, m->head_range, (float *)(void *)(c->state + m->head_w),
-                      (float *)(void *)(c->state + m->head_b));
-    /* after the random head: a model may bring its own */
-    for (int32_t i = 0; i < m->n_init; i++)
-        if (m->init[i].data) memcpy(c->state + m->init[i].offset, m->init[i].data, m->init[i].bytes);
+    for (int32_t i = 0; i < m->n_init; i++) {
+        const tl_init *const t = m->init + i;
+        if (t->data)
+            memcpy(c->state + t->offset, t->data, t->bytes);
+        else
+            tl_random_f32(seed, (int32_t)(t->bytes / 4), t->range, TL_AT(float, c->state, t->offset));
+    }
     header(c)[0] = seed;
     header(c)[1] = 0;
 }
@@ -60,24 +62,25 @@ void tl_model_reset(const tl_model *m, tl_context *c, uint32_t seed)
 tl_status tl_model_begin(const tl_model *m, tl_context *c)
 {
     c->rows = 0;
-    if (m->feed) tl_stream_begin(m->feed, c);
+    if (m->feed) tl_depth_first_begin(m->feed, c);
     return TL_OK;
 }
 
 tl_status tl_model_feed_row(const tl_model *m, tl_context *c, const int8_t *row)
 {
-    const uint32_t bytes = (uint32_t)(m->width * m->channels);
+    const tl_port *const x = m->inputs;
+    const uint32_t bytes = (uint32_t)(x->width * x->channels);
     if (!row) return TL_BAD_ARGUMENT;
-    if (c->rows < 0 || c->rows >= m->height) return TL_BAD_ORDER;
-    memcpy(c->arena + m->input + (uint32_t)(c->rows % m->input_rows) * bytes, row, bytes);
+    if (c->rows < 0 || c->rows >= x->height) return TL_BAD_ORDER;
+    memcpy(c->arena + x->offset + (uint32_t)(c->rows % x->rows) * bytes, row, bytes);
     c->rows++;
-    if (m->feed) tl_stream_feed(m->feed, c, c->rows);
+    if (m->feed) tl_depth_first_feed(m->feed, c, c->rows);
     return TL_OK;
 }
 
 tl_status tl_model_prefix(const tl_model *m, tl_context *c)
 {
-    if (c->rows != m->height) return TL_BAD_ORDER;
+    if (c->rows != m->inputs->height) return TL_BAD_ORDER;
     c->rows = -1;
     m->prefix(c);
     return TL_OK;
@@ -86,7 +89,7 @@ tl_status tl_model_prefix(const tl_model *m, tl_context *c)
 void tl_model_infer_rest(const tl_model *m, tl_context *c, const float **logits)
 {
     m->forward(c);
-    if (logits) *logits = (const float *)(const void *)(c->arena + m->logits);
+    if (logits) *logits = (const float *)(const void *)(c->arena + m->outputs->offset);
 }
 
 static int32_t argmax(const float *v, int32_t n)
@@ -100,13 +103,14 @@ static int32_t argmax(const float *v, int32_t n)
 tl_status tl_model_train_rest(const tl_model *m, tl_context *c, int32_t label, float lr, tl_step_info *info)
 {
     const float *logits;
-    if (label < 0 || label >= m->classes) return TL_BAD_ARGUMENT;
-    c->label = label;
+    const int32_t classes = m->outputs->channels;
+    if (label < 0 || label >= classes) return TL_BAD_ARGUMENT;
+    c->target = &label;
     c->lr = lr;
     c->step.key = tl_mix(header(c)[0] + 0x9e3779b9u * header(c)[1]);
     c->step.saturated = c->step.rounded = 0;
     tl_model_infer_rest(m, c, &logits);
-    const int32_t prediction = argmax(logits, m->classes);
+    const int32_t prediction = argmax(logits, classes);
     const tl_status status = m->gradient(c);
     if (status != TL_OK && status != TL_ZERO_GRADIENT) return status;
     m->head(c);
@@ -136,7 +140,8 @@ static tl_status feed(const tl_model *m, tl_context *c, const int8_t *image)
 {
     if (!image) return TL_BAD_ARGUMENT;
     TL_TRY(tl_model_begin(m, c));
-    for (int32_t y = 0; y < m->height; y++) TL_TRY(tl_model_feed_row(m, c, image + y * m->width * m->channels));
+    const tl_port *const x = m->inputs;
+    for (int32_t y = 0; y < x->height; y++) TL_TRY(tl_model_feed_row(m, c, image + y * x->width * x->channels));
     return TL_OK;
 }
 

@@ -23,7 +23,7 @@ void tl_round_begin(tl_round *r, tl_step *step, const tl_site *site, const tl_dx
     r->e_x = step->anchor + *site->rho - 6;
     r->width = width;
     r->channels = channels;
-    r->key = tl_site_key(step->key, site->stream);
+    r->key = tl_site_key(step->key, site->number);
     r->seen = seen;
     if (first) *seen = TL_NOTHING_SEEN;
     *site->e = (int16_t)r->e_x;

@@ -83,7 +83,13 @@ void tl_add_s8(const tl_add *p, tl_view a, tl_view b, tl_view y, int32_t width, 
  * dil and groups of c are ignored; in_c = out_c. Scratch: tl_avg_pool_scratch = 4 * C bytes. */
 void tl_avg_pool_s8(const tl_conv *c, tl_view x, tl_view y, int32_t y0, int32_t y1, void *scratch);
 
+/* Maximum over windows; padding never wins. Output rows y0..y1-1. dil and groups of c are ignored; in_c = out_c. */
+void tl_max_pool_s8(const tl_conv *c, tl_view x, tl_view y, int32_t y0, int32_t y1);
+
 /* ---- what the forward pass keeps ---- */
+
+/* The number, row by row from 0, of the element of each window that is its maximum, the first of equals; kh kw <= 127. */
+void tl_max_pool_winners_s8(const tl_conv *c, tl_view x, tl_view winners, int32_t y0, int32_t y1);
 
 /* A gradient passes where the mask is 1. bits: packed, element i of the H x W x C order is bit i % 8 of byte i / 8.
  * Otherwise y, if not NULL: a plain H x W x C buffer, the mask is lo < y < hi. Both NULL: everything passes. */
@@ -113,15 +119,15 @@ void tl_dense_dx_f32(const float *g, const float *w, int32_t classes, int32_t fe
 /* SGD of the head; l[k] = lr g[k], 0 below 2^-100. */
 void tl_dense_sgd_f32(const float *g, const int8_t *x, int32_t zero, float scale, float lr, int32_t classes,
                       int32_t features, float *w, float *b);
-/* Random head: w[k][c] from word(k * features + c), stream 0xffffffff, step 0; inv_sqrt = (fp32)(1/sqrt(features)). */
-void tl_dense_init_f32(uint32_t seed, int32_t classes, int32_t features, float inv_sqrt, float *w, float *b);
+/* Random start (section 5): n floats within +-range from word(i), site 0xffffffff, step 0; range = (fp32)(1/sqrt(fan-in)). */
+void tl_random_f32(uint32_t seed, int32_t n, float range, float *out);
 
 /* ---- gradients, section 4 ---- */
 
 /* Run-time facts of one training step. */
 typedef struct {
-    uint32_t key;       /* mix(seed + 0x9e3779b9 * step); a site's key is mix(key + stream) */
-    int32_t anchor;     /* A, set by tl_avg_pool_dx_s8 */
+    uint32_t key;       /* mix(seed + 0x9e3779b9 * step); a site's key is mix(key + site) */
+    int32_t anchor;     /* A, set by tl_enter_grad_s8 */
     uint32_t saturated; /* elements of rounded gradients that met the clamp, summed over the step */
     uint32_t rounded;   /* elements rounded */
 } tl_step;
@@ -132,17 +138,21 @@ typedef struct {
     int32_t e;
 } tl_grad;
 
-/* Entry into integers. gf[features] is read and overwritten by v; inv_pixels = (fp32)(1/(H W)). Writes r[features], *e = A - 7
- * and step->anchor. TL_NOT_FINITE or TL_ZERO_GRADIENT (then nothing else is written). */
-tl_status tl_avg_pool_dx_s8(tl_step *step, uint32_t stream, float *gf, int32_t features, float inv_pixels, int8_t *r,
-                            int16_t *e);
+/* Entry into integers. v[n] is read and overwritten by v * factor; factor is fp32, such as 1/(H W) of a global pool. Writes
+ * r[n], *e = A - 7 and step->anchor. TL_NOT_FINITE or TL_ZERO_GRADIENT (then nothing else is written). */
+tl_status tl_enter_grad_s8(tl_step *step, uint32_t site, float *v, int32_t n, float factor, int8_t *r, int16_t *e);
 /* out = r where the mask is 1, else 0; H x W x C. out may be r, if that is plain. */
 void tl_mask_grad_s8(tl_view r, tl_mask mask, int32_t height, int32_t width, int32_t channels, int8_t *out);
 
-/* The rounding site of a gradient tensor: stream, its state rho, where e_x = A + rho - 6 is written, further gradients
+/* Gradient of a maximum over windows: each r at the element that won, 0 elsewhere, in_h x in_w x in_c. winners as above, a
+ * plain out_h x out_w x in_c buffer. _s8 for windows that lie apart, _s32 sums what an element has won. */
+void tl_max_pool_dx_s8(const tl_conv *c, tl_view r, const int8_t *winners, int8_t *rx);
+void tl_max_pool_dx_s32(const tl_conv *c, tl_view r, const int8_t *winners, int32_t *acc);
+
+/* The rounding site of a gradient tensor: its number, its state rho, where e_x = A + rho - 6 is written, further gradients
  * (n of them, in the order of the consumers), mask. */
 typedef struct {
-    uint32_t stream;
+    uint32_t number;
     int8_t *rho;
     int16_t *e;
     const tl_grad *further;
@@ -174,7 +184,7 @@ void tl_round_grad_s8(tl_step *step, const tl_site *site, int32_t height, int32_
 /* ---- updates, section 4 ---- */
 
 /* b[o] -= ... ; rate[o] = kb[o], 0 for a dead channel; pre is p for the bound 127 * pixels. Scratch 4 * C bytes. */
-void tl_bias_sgd_s8(const tl_step *step, uint32_t stream, tl_grad g, int32_t height, int32_t width, int32_t channels,
+void tl_bias_sgd_s8(const tl_step *step, uint32_t site, tl_grad g, int32_t height, int32_t width, int32_t channels,
                     const float *rate, float lr, int32_t pre, int32_t *bias, void *scratch);
 
 /* Weight update of the kept channels. c is the layer's geometry, x the kept channels of its input (groups * kept, depthwise
@@ -182,7 +192,7 @@ void tl_bias_sgd_s8(const tl_step *step, uint32_t stream, tl_grad g, int32_t hei
  * channel. w [O][kh][kw][kept] (depthwise [kept][kh][kw]); fraction: NULL (L = 0), packed nibbles, low first (L = 4), or
  * int8 (L = 8), in the order of w. Random words use the index in the full layout. Scratch: tl_*_dw_scratch. */
 typedef struct {
-    uint32_t stream;
+    uint32_t site;
     const uint16_t *channels;
     int32_t kept, bits, pre; /* bits is L */
     const float *rate;
@@ -209,7 +219,7 @@ void tl_weight_sgd_s32(const tl_step *step, const tl_conv *c, const tl_dw *d, co
                        int8_t *w, uint8_t *fraction);
 /* db[channels] = sum of r; and the update of a bias by it. */
 void tl_bias_grad_s32(tl_view r, int32_t height, int32_t width, int32_t channels, int32_t *db);
-void tl_bias_sgd_s32(const tl_step *step, uint32_t stream, const int32_t *db, int32_t e, int32_t channels,
+void tl_bias_sgd_s32(const tl_step *step, uint32_t site, const int32_t *db, int32_t e, int32_t channels,
                      const float *rate, float lr, int32_t pre, int32_t *bias);
 
 /* ---- scratch sizes in bytes, a multiple of 4; also called from the compiler through the host library ---- */

@@ -44,7 +44,7 @@ static inline uint32_t tl_mix(uint32_t x) {
 
 /* tl_step.key of one training step, and the key of a rounding site in it. */
 static inline uint32_t tl_step_key(uint32_t seed, uint32_t step) { return tl_mix(seed + 0x9e3779b9u * step); }
-static inline uint32_t tl_site_key(uint32_t step_key, uint32_t stream) { return tl_mix(step_key + stream); }
+static inline uint32_t tl_site_key(uint32_t step_key, uint32_t site) { return tl_mix(step_key + site); }
 static inline uint32_t tl_word(uint32_t site_key, uint32_t index) { return tl_mix(site_key + index); }
 
 /* ---- requantisation, section 1 ---- */

@@ -17,7 +17,8 @@ typedef struct {
     int16_t *exponent;  /* run-time exponents of the gradient tensors */
     tl_step step;
     float lr, loss;
-    int32_t label, rows; /* rows: fed so far; -1 before begin */
+    const int32_t *target; /* what the loss of this step compares with */
+    int32_t rows;          /* fed so far; -1 before begin */
 } tl_context;
 
 typedef struct {
@@ -26,13 +27,26 @@ typedef struct {
     float saturated;    /* share of rounded gradient elements that met the clamp */
 } tl_step_info;
 
-/* Initial value of a piece of state; data = NULL: zeros. */
+/* Initial value of a piece of state: a table, or data = NULL and random floats within +-range; what no row names is 0. */
 typedef struct {
     uint32_t offset, bytes;
     const void *data;
+    float range;
 } tl_init;
 
-/* A node of a stream: `run` makes row y of its output, of `height`. It needs the rows y * stride - pad .. + size - 1 of
+/* What the caller gives or gets: its type, its shape (a vector has height = width = 1), where it lies in the arena and
+ * how many of its rows there are at once, scale and zero point of int8. Targets are the caller's own and lie nowhere. */
+typedef enum { TL_S8, TL_S32, TL_F32 } tl_type;
+typedef struct {
+    tl_type type;
+    int32_t height, width, channels;
+    uint32_t offset;
+    int32_t rows;
+    float scale;
+    int32_t zero;
+} tl_port;
+
+/* A node of a depth-first run: `run` makes row y of its output, of `height`. It needs the rows y * stride - pad .. + size - 1 of
  * its inputs, of in_height, as far as there are such. An input is made by the stage of that index; or it is TL_WHOLE
  * from the start; or it is the image, TL_FED by rows. */
 typedef struct {
@@ -47,22 +61,20 @@ typedef struct {
     const tl_stage *stages;
     int32_t n;
     uint32_t counters;
-} tl_stream;
+} tl_depth_first;
 
-void tl_stream_begin(const tl_stream *s, tl_context *c);
+void tl_depth_first_begin(const tl_depth_first *s, tl_context *c);
 /* `fed` rows of the image are there: makes every row that can be made. */
-void tl_stream_feed(const tl_stream *s, tl_context *c, int32_t fed);
-/* From begin to end, for a stream whose inputs are there. */
-void tl_stream_run(const tl_stream *s, tl_context *c);
+void tl_depth_first_feed(const tl_depth_first *s, tl_context *c, int32_t fed);
+/* From begin to end, for a run whose inputs are there. */
+void tl_depth_first_run(const tl_depth_first *s, tl_context *c);
 
+/* Today one input, one output of floats and, to train, one target: the class. */
 typedef struct {
     uint32_t hash, arena_bytes, state_bytes;
-    int32_t height, width, channels, classes, features;
-    uint32_t input, logits;        /* offsets in the arena */
-    int32_t input_rows;            /* rows of the image that there are at once */
-    const tl_stream *feed;         /* takes the image as it is delivered; NULL: it is kept whole */
-    uint32_t head_w, head_b;       /* offsets in the state */
-    float head_range;              /* (fp32)(1/sqrt(features)) */
+    const tl_port *inputs, *outputs, *targets;
+    int32_t n_inputs, n_outputs, n_targets;
+    const tl_depth_first *feed;    /* takes the image as it is delivered; NULL: it is kept whole */
     const tl_init *init;
     int32_t n_init;
     void (*prefix)(tl_context *);       /* frozen layers before anything that training keeps */

@@ -26,7 +26,7 @@ void tl_round_grad_s32(tl_step *step, const tl_dx_scale *v, int32_t per_channel,
 void tl_weight_sgd_s32(const tl_step *step, const tl_conv *c, const tl_dw *d, const int32_t *dw, int32_t e, float lr,
                        int8_t *w, uint8_t *fraction)
 {
-    const uint32_t key = tl_site_key(step->key, d->stream);
+    const uint32_t key = tl_site_key(step->key, d->site);
     const int depthwise = c->groups == c->in_c && c->groups == c->out_c;
     const int32_t taps = c->kh * c->kw, cg = c->in_c / c->groups;
     const int32_t row = depthwise ? 1 : d->kept; /* weights of one tap */

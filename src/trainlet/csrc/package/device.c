@@ -2,7 +2,7 @@
 /* Trains @NAME@ on a bare @TARGET@: no vendor's files, no C library, no UART. It takes the steps of the test vectors and
  * compares every byte of what it has learned. When it stands in tl_port_wait, `verdict` says how it went.
  *
- * Yours are camera_row, label_of and learning_rate. Work on a copy: `trainlet compile` writes this file anew. */
+ * Yours are camera_row, label_of and learning_rate. Change what you like: `trainlet compile` keeps it. */
 #include <string.h>
 
 #include "@NAME@.h"

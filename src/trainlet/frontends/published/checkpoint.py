@@ -13,14 +13,13 @@ from typing import Final
 
 import numpy as np
 
-from trainlet.attrs import Add, Attrs, AvgPool, Conv2d
 from trainlet.errors import UnsupportedError, UsageError
-from trainlet.frontends.common import canonicalize_dead, check_sums
 from trainlet.frontends.limits import check_limits, printable
 from trainlet.frontends.published.records import Block, Conv, Model, Residual, need, read_model
 from trainlet.frontends.published.unpickle import PickleError, loads
-from trainlet.ir.graph import Array, Graph, GraphBuilder, Kind, Node, QParams, Stage, Value
-from trainlet.ops import conv_out_hw, fan_in, is_depthwise
+from trainlet.ir import Array, Attrs, Graph, GraphBuilder, Kind, Node, Operands, QParams, Stage, Value
+from trainlet.ops import Add, AvgPool, Conv2d, conv_out_hw, fan_in, is_depthwise
+from trainlet.ops.quantization import canonicalize_dead, check_sums
 
 MAX_FILE: Final = 32 << 20
 MAX_ENTRIES: Final = 4096
@@ -127,13 +126,13 @@ class _Import:
             r.layer,
             f"its output is {out[0]} x {out[1]} pixels, not {want[0]} x {want[1]} as out_shape says",
         )
-        inputs = (
-            self.value,
-            self._const(f"{name}.weight", w.transpose(0, 2, 3, 1), "s8"),  # OIHW -> OHWI
-            self._const(f"{name}.bias", b, "s32"),
-            self._const(f"{name}.scale", scale, "f32"),
+        read = Operands(
+            x=self.value,
+            weight=self._const(f"{name}.weight", w.transpose(0, 2, 3, 1), "s8"),  # OIHW -> OHWI
+            bias=self._const(f"{name}.bias", b, "s32"),
+            scale=self._const(f"{name}.scale", scale, "f32"),
         )
-        self._emit("conv2d", name, r.layer, inputs, attrs, (*out, r.out_c), r.y)
+        self._emit("conv2d", name, r.layer, read, attrs, (*out, r.out_c), r.y)
 
     def next_conv(self, r: Conv, *, activation: bool) -> None:
         """``conv`` with the next number of the published numbering."""
@@ -163,18 +162,18 @@ class _Import:
         was = (a.q.scale, a.q.zero)
         need(r.x == a.q, r.layer, f"x_scale and x_zero are ({r.x.scale}, {r.x.zero}), but {entry_layer} makes {was}")
         _check_multipliers(r.layer, max(a.q.scale, b.q.scale) / r.y.scale)
-        self._emit("add", name, r.layer, (entry, self.value), Add((-128, 127)), a.shape, r.y)
+        self._emit("add", name, r.layer, Operands(a=entry, b=self.value), Add((-128, 127)), a.shape, r.y)
 
     def pool(self) -> None:
         """Global average pool; scale and zero point stay."""
         h, w, c = self.g.values[self.value].shape
-        self._emit("avg_pool", "pool", "pool", (self.value,), AvgPool((h, w)), (1, 1, c), self._q())
+        self._emit("avg_pool", "pool", "pool", Operands(x=self.value), AvgPool((h, w)), (1, 1, c), self._q())
 
     def _emit(
-        self, op: str, name: str, layer: str, ins: tuple[str, ...], attrs: Attrs, shape: tuple[int, ...], q: QParams
+        self, op: str, name: str, layer: str, read: Operands, attrs: Attrs, shape: tuple[int, ...], q: QParams
     ) -> None:
         out = f"{name}.y"
-        self.value = self.g.emit(Node(op, name, layer, ins, (out,), attrs), Value(out, shape, "s8", q=q))
+        self.value = self.g.emit(Node(op, name, layer, read, (out,), attrs), Value(out, shape, "s8", q=q))
         self.layer = layer
 
 

@@ -8,12 +8,11 @@ shares no line with this file.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-
-from trainlet.attrs import Conv2d
 
 F32 = NDArray[np.float32]
 MAX_INT32 = 1 << 31
@@ -48,33 +47,39 @@ def dx_bits(fan_out: int) -> int:
     return max((b for b in range(1, 8) if 127 * 127 * (2**b - 1) * fan_out < MAX_INT32), default=0)
 
 
-@dataclass(frozen=True, slots=True)
-class DxScale:
-    """Constants of an input gradient: ``mt`` [O] (None for a depthwise layer), ``mult`` and ``exp`` (one, or one per
-    channel), ``pre`` = p."""
+def dx_levels(fan_out: int) -> int:
+    """2^b - 1: the largest factor of a channel inside an input gradient's sum; 0 where even one bit overflows."""
+    return (1 << dx_bits(fan_out)) - 1
 
-    mt: NDArray[np.int16] | None
+
+@dataclass(frozen=True, slots=True)
+class SumsScale:
+    """The real unit v = mult 2^(exp - 31) of sums, one or one per channel, and ``pre`` = p of their bound."""
+
     mult: NDArray[np.int32]
     exp: NDArray[np.int16]
     pre: int
 
 
-def dx_scale(conv: Conv2d, scale: F32) -> DxScale:
-    """Constants of the input gradient of ``conv`` with weight scales ``scale`` [O] (> 0)."""
-    s = [float(v) for v in scale]
-    taps = conv.kernel[0] * conv.kernel[1]
-    if conv.depthwise:
-        pairs = [mantissa(v) for v in s]
-        mult, exp = zip(*pairs, strict=True)
-        return DxScale(None, np.array(mult, np.int32), np.array(exp, np.int16), pre_shift(127 * 127 * taps))
-    k = len(s) // conv.groups * taps
-    top = 2 ** dx_bits(k) - 1
-    largest = max(s)
-    mt = [math.floor(top * v / largest + 0.5) for v in s]
-    m, e = mantissa(largest / top)
-    return DxScale(
-        np.array(mt, np.int16), np.array([m], np.int32), np.array([e], np.int16), pre_shift(127 * 127 * top * k)
-    )
+def sums_scale(units: Sequence[float], bound: int) -> SumsScale:
+    """Constants of sums of at most ``bound`` with those units (> 0)."""
+    mult, exp = zip(*(mantissa(v) for v in units), strict=True)
+    return SumsScale(np.array(mult, np.int32), np.array(exp, np.int16), pre_shift(bound))
+
+
+def sums_units(scale: F32 | None, levels: int) -> list[float]:
+    """v of sums (``ops.op.Sums``): 1, or the largest of ``scale`` over ``levels``, or each of ``scale``."""
+    if scale is None:
+        return [1.0]
+    wide = [float(v) for v in scale]
+    return [max(wide) / levels] if levels else wide
+
+
+def channel_factors(scale: F32, levels: int) -> NDArray[np.int16]:
+    """mt[o] = floor(levels s_w[o] / max(s_w) + 0.5)."""
+    wide = [float(v) for v in scale]
+    largest = max(wide)
+    return np.array([math.floor(levels * v / largest + 0.5) for v in wide], np.int16)
 
 
 def requantize(x_scale: float, scale: F32, y_scale: float) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
@@ -84,17 +89,17 @@ def requantize(x_scale: float, scale: F32, y_scale: float) -> tuple[NDArray[np.i
     return np.array(mult, np.int32), np.array(shift, np.int8)
 
 
-def weight_rate(conv: Conv2d, scale: F32, x_scale: float) -> F32:
+def weight_rate(dead: Sequence[int], scale: F32, x_scale: float) -> F32:
     """kw[o] = (fp32)(s_x / s_w[o]): integer steps of a weight per real gradient; 0 for dead channels."""
     rate = np.array([x_scale / float(v) for v in scale], np.float32)
-    rate[list(conv.dead)] = 0
+    rate[list(dead)] = 0
     return rate
 
 
-def bias_rate(conv: Conv2d, scale: F32, x_scale: float) -> F32:
+def bias_rate(dead: Sequence[int], scale: F32, x_scale: float) -> F32:
     """kb[o] = (fp32)(1 / (s_w[o] s_x)); 0 for dead channels."""
     rate = np.array([1 / (float(v) * x_scale) for v in scale], np.float32)
-    rate[list(conv.dead)] = 0
+    rate[list(dead)] = 0
     return rate
 
 

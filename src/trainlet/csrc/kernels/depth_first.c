@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* A stream makes one row at a time, always of its last stage that has the rows it needs. The compiler has walked the
+/* A depth-first run makes one row at a time, always of its last stage that has the rows it needs. The compiler has walked the
  * same way and knows from it how many rows of each tensor there have to be. */
 #include "tl_math.h"
 #include "tl_model.h"
 
-static uint16_t *counters(const tl_stream *s, tl_context *c)
+static uint16_t *counters(const tl_depth_first *s, tl_context *c)
 {
     return TL_AT(uint16_t, c->arena, s->counters);
 }
@@ -20,13 +20,13 @@ static int ready(const tl_stage *t, int32_t y, const uint16_t *done, int32_t fed
     return y < t->height && enough(done, t->first, rows, fed) && enough(done, t->second, rows, fed);
 }
 
-void tl_stream_begin(const tl_stream *s, tl_context *c)
+void tl_depth_first_begin(const tl_depth_first *s, tl_context *c)
 {
     uint16_t *const done = counters(s, c);
     for (int32_t i = 0; i < s->n; i++) done[i] = 0;
 }
 
-void tl_stream_feed(const tl_stream *s, tl_context *c, int32_t fed)
+void tl_depth_first_feed(const tl_depth_first *s, tl_context *c, int32_t fed)
 {
     uint16_t *const done = counters(s, c);
     for (int32_t i = s->n - 1; i >= 0;) {
@@ -39,8 +39,8 @@ void tl_stream_feed(const tl_stream *s, tl_context *c, int32_t fed)
     }
 }
 
-void tl_stream_run(const tl_stream *s, tl_context *c)
+void tl_depth_first_run(const tl_depth_first *s, tl_context *c)
 {
-    tl_stream_begin(s, c);
-    tl_stream_feed(s, c, 0);
+    tl_depth_first_begin(s, c);
+    tl_depth_first_feed(s, c, 0);
 }
