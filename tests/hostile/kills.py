@@ -290,10 +290,10 @@ class Killer:
             yield "refused", str(e)
             return
         got = final(life.out)
-        names = sorted(n for n in sound.keys() | got.keys() if n not in got or n not in sound or got[n] != sound[n])
-        if names:
-            yield "differs", ", ".join(names[:SHOWN])
-        left = left_behind(life)
+        wrong = sorted(n for n in sound if n not in got or got[n] != sound[n])
+        if wrong:
+            yield "differs", ", ".join(wrong[:SHOWN])
+        left = [*left_behind(life), *(f"out/{n}" for n in sorted(got.keys() - sound.keys()))]
         if left:
             yield "files", ", ".join(left[:SHOWN])
 
