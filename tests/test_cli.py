@@ -499,6 +499,15 @@ def test_a_finished_run_says_so(files: Path, tmp_path: Path, capsys: pytest.Capt
     assert "holds a finished run with other settings: lr was" in capsys.readouterr().err
 
 
+def test_training_here_for_a_chip_counts_all_of_its_memory(files: Path, tmp_path: Path, run: Run, tools: str) -> None:
+    """Arena and state alone would fit into 2 KiB; the program with its stack does not."""
+    args = train_args(files, tmp_path / "out", "--epochs", 1, "--target", "stm32f746")
+    code, error, _ = run(*args, "--sram", "2K")
+    assert code == 4
+    assert "bytes of SRAM are needed, 2048 are there" in error["error"]
+    assert run(*args, "--sram", "64K")[0] == 0
+
+
 def test_sizes_that_no_chip_takes_are_refused(files: Path, run: Run) -> None:
     args = ["plan", "--model", files / "chain.json", "--scheme", "head", "--classes", 3, "--size"]
     for size in (4097, 32768, 10**30):

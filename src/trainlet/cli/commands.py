@@ -277,6 +277,9 @@ def train(
         prepare_out,
         resolve_scheme,
     )  # fmt: skip
+    from trainlet.toolchain.budget import Budget
+    from trainlet.toolchain.chip import build_device
+    from trainlet.toolchain.targets import find_target
     from trainlet.train.data import Transform
     from trainlet.train.loop import TrainConfig, default_lr
     from trainlet.train.run import Run
@@ -286,7 +289,8 @@ def train(
     if resume and overwrite:
         raise UsageError("--resume and --overwrite: give one of them, the first goes on and the second begins again")
     passes = find_passes(input, without or ())
-    chip = choose_target(on, target, sram, flash)
+    planned = Budget.parse(sram, flash).cut(find_target(target)) if on == "host" and target else None
+    chip = None if planned else choose_target(on, target, sram, flash)
     graph = load_model(model)
     chosen = resolve_scheme(scheme, graph, bits)
     rate = default_lr(chosen) if lr is None else lr
@@ -294,7 +298,10 @@ def train(
     dataset = _dataset(data, Transform(_shape(graph), resize, words))
     prepare_out(out)
     p = prepare(graph, chosen, len(dataset.classes), passes)
-    said = check_sram(p, sram) if chip is None else []
+    said = check_sram(p, sram) if chip is None and planned is None else []
+    if planned is not None:
+        build_device(p.compiled, planned)  # refuses what would not fit there
+        said = [f"it fits {planned.name}: linked for it, the stack included; the steps ran here"]
     session, measured = _place(p, chip)
     meta = StateMeta(graph.name, session.model_hash, chosen.to_json(), dataset.classes, chosen.bits, resize)
     facts = {"extra_memory_bytes": p.extra_memory_bytes, "device": on}
