@@ -14,7 +14,7 @@ from hostile.case import Attack, Kind, Place
 from trainlet.toolchain import host
 
 FAULTY: Final = {
-    "too-many-rows": ("c->rows >= x->height", "c->rows > m->height + 1"),
+    "too-many-rows": ("c->rows >= x->height", "c->rows > x->height + 1"),
     "short-blob": ("if (bytes < TL_BLOB_HEADER + m->state_bytes) return TL_BAD_SIZE;\n    if (get32", "if (get32"),
     "no-checksum": ("|| get32(blob + 16) != crc32(blob + TL_BLOB_HEADER, m->state_bytes))", ")"),
     "negative-label": ("label < 0 || ", ""),

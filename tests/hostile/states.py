@@ -113,7 +113,7 @@ def _result(n: int) -> dict[str, Any]:
 
 
 def _prepare_jobs(base: Path) -> None:
-    from trainlet.select.jobs import FILE, JobStore
+    from trainlet.select.store import FILE, JobStore
 
     with JobStore(base / FILE) as store:
         for spec in _SPECS[:10]:
@@ -204,7 +204,7 @@ _JOBS: Final[tuple[Callable[[random.Random, Path], None], ...]] = (
 
 
 def _make_jobs(rng: random.Random, place: Place) -> Attack:
-    from trainlet.select.jobs import FILE, JobStore, job_key
+    from trainlet.select.store import FILE, JobStore, job_key
 
     place.out.mkdir()
     path = Path(shutil.copyfile(place.base / FILE, place.out / FILE))

@@ -50,22 +50,7 @@ def attacked() -> Result:
     return _work(EACH, *QUICK)
 
 
-OPEN: Final = {
-    "npz": "damaged archives and odd headers end in tracebacks",
-    "images": "a pipe hangs, links to nowhere end in tracebacks",
-    "state": "reading asks for 1 GiB before it looks at the file",
-    "checkpoint": "reading asks for 1 GiB before it looks at the file",
-    "jobs": "forged rows and other tables end in tracebacks",
-}
-"""Kinds in which faults are known that are not mended yet. A strict xfail asks to take out what is."""
-
-
-def _kinds() -> list[Any]:
-    marks = {k: [pytest.mark.xfail(reason=reason)] for k, reason in OPEN.items()}
-    return [pytest.param(k, marks=marks.get(k, ())) for k in QUICK]
-
-
-@pytest.mark.parametrize("kind", _kinds())
+@pytest.mark.parametrize("kind", QUICK)
 def test_nothing_is_found(attacked: Result, kind: str) -> None:
     assert attacked["kinds"][kind]["inputs"] == EACH
     assert [(f["fault"], f["repeat"], f["detail"]) for f in attacked["failures"] if f["kind"] == kind] == []
