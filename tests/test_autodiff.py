@@ -128,3 +128,14 @@ def test_refusals_name_the_layer_and_the_rule() -> None:
     big = attach_head(c.g.build(Stage.INT8, [c.pool("pool", y)]), 2)
     with pytest.raises(UnsupportedError, match=r"wide: it has 90000 output pixels, more than the 66311"):
         differentiate(big, UpdateScheme("x", ("wide",), {"wide": 1.0}))
+
+
+def test_a_layer_that_nothing_reads_is_refused_and_not_counted() -> None:
+    """It would own the rounding of its input's gradient and never make it: all before it would learn nothing."""
+    c = ChainBuilder("dead", integer=False, seed=1, shape=(5, 5, 3))
+    x = c.conv("conv.0", "stem", c.input, Conv2d((3, 3)), 4)
+    c.conv("conv.1", "unread", x, Conv2d((1, 1)), 4)
+    live = c.conv("conv.2", "live", x, Conv2d((1, 1)), 4)
+    model = c.g.build(Stage.FLOAT, [c.head("head", c.pool("pool", live))])
+    with pytest.raises(UnsupportedError, match="nothing reads what unread gives; leave that layer out"):
+        differentiate(model, resolve("full", model))

@@ -28,9 +28,11 @@ from trainlet.measure.validate import validate as validate_sessions
 from trainlet.plan.arena import largest_alive
 from trainlet.select.analyze import QUICK, STANDARD, Runner
 from trainlet.select.choose import choose, final_scheme, find_selector
-from trainlet.select.jobs import FILE, Clock, JobStore, open_executor
+from trainlet.select.folder import locked
+from trainlet.select.jobs import Clock, open_executor
 from trainlet.select.limits import PlannedLimit
 from trainlet.select.runs import open_study
+from trainlet.select.store import FILE, JobStore
 from trainlet.session import Session
 from trainlet.session.emulator import EmulatorSession
 from trainlet.session.host import HostSession
@@ -274,13 +276,18 @@ def select(
     OverBudgetError where not even the head alone fits."""
     chip = Budget.parse(sram, flash).cut(_target(target))
     widths = [bits] if isinstance(bits, int) else list(bits)
-    effort, selector, folder = QUICK if quick else STANDARD, find_selector(method, None), need_path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    with JobStore(folder / FILE) as store, closing(open_executor(jobs, None)) as executor:
+    effort, selector_of, folder = QUICK if quick else STANDARD, find_selector(method, None), need_path(out)
+    (folder / "cache").mkdir(parents=True, exist_ok=True)
+    with (
+        locked(folder),
+        locked(folder / "cache"),
+        JobStore(folder / FILE) as store,
+        closing(open_executor(jobs, None)) as executor,
+    ):
         study = open_study(need_model(model), need_path(data), resize, folder / "cache")
         limit = PlannedLimit(study.graph, chip if measured else None, chip.sram_bytes)
         runner = Runner(study, store, executor, progress or Silent(), Clock(executor.workers), lr)
-        return final_scheme(choose(runner, effort, widths, limit, selector, seed))
+        return final_scheme(choose(runner, effort, widths, limit, selector_of(runner, effort, seed), seed))
 
 
 # --- arguments --------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ def differentiate(graph: Graph, scheme: UpdateScheme) -> Graph:
         raise UsageError(f"{graph.name}: only a model is differentiated, not a graph of stage {graph.stage.value!r}")
     tape = Tape(graph, check_scheme(scheme, graph))
     head = _head(graph)
+    _need_readers(graph)
     forward = [tape.choose(n) for n in graph.nodes]
     targets, losses = _loss(tape, head)
     for node in reversed(graph.nodes):
@@ -53,6 +54,16 @@ def _head(graph: Graph) -> Node:
             "attach a head for your classes first"
         )
     return last
+
+
+def _need_readers(graph: Graph) -> None:
+    """UnsupportedError for a layer that nothing reads: its input would wait for a gradient from it."""
+    read = {v for n in graph.nodes for v in n.inputs} | set(graph.outputs)
+    dead = next((n for n in graph.nodes if not read & set(n.outputs)), None)
+    if dead is not None:
+        raise UnsupportedError(
+            f"{graph.name}: nothing reads what {dead.layer} gives; leave that layer out of the model"
+        )
 
 
 def _loss(tape: Tape, head: Node) -> tuple[tuple[str, ...], tuple[str, ...]]:
