@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 DEMO_OUT ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-mcunet test lint clean tools
+.PHONY: help demo demo-mcunet test hostile lint clean tools
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -28,6 +28,9 @@ demo-mcunet: tools $(VENV)/.run.stamp ## train a published int8 model on real im
 
 test: tools $(VENV)/.dev.stamp ## all tests; PYTEST_ARGS="-k exact" narrows them
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+hostile: tools $(VENV)/.dev.stamp ## a few hostile inputs of every kind, killed commands, and faults planted for each counter
+	$(BIN)/python -m pytest -m slow tests/hostile
 
 lint: $(VENV)/.dev.stamp ## ruff and mypy --strict
 	$(BIN)/ruff check .

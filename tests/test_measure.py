@@ -290,6 +290,7 @@ def test_plan_measures(tools: str, model: Path, capsys: pytest.CaptureFixture[st
         assert part["instructions_per_inference"] > 10_000
     assert got["instructions_per_step"] > got["instructions_per_inference"]
     _, planned = run(capsys, *plan_args(model, "--bits", 12))
+    assert planned.pop("notes") is not None
     assert planned.items() <= got.items(), "what is planned stays what it was"
 
 

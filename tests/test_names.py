@@ -44,7 +44,7 @@ def test_two_names_do_not_share_a_file() -> None:
     assert len({file_name(n) for n in names}) == len(names)
 
 
-@pytest.mark.parametrize("name", [n for n in NASTY if n.isprintable() and n])
+@pytest.mark.parametrize("name", [n for n in NASTY if n.isprintable() and 0 < len(n) <= 200])
 def test_an_import_stays_in_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     source, out = tmp_path / "source", tmp_path / "deep" / "out"
     source.mkdir()

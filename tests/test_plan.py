@@ -155,7 +155,7 @@ def test_a_value_lives_from_its_maker_to_its_last_reader() -> None:
             assert b.first == b.last == [n.name for n in graph.nodes].index(b.name)
         elif b.name in graph.inputs:
             assert (b.first, b.last) == (-1, touched[b.name][1])
-        elif b.name in graph.outputs:
+        elif b.name in graph.interface.made:
             assert (b.first, b.last) == (touched[b.name][0], len(graph.nodes))
         else:
             assert (b.first, b.last) == touched[b.name]

@@ -20,6 +20,7 @@ from hostile.planted import SOUND, WRONG
 from hostile.tally import merged
 from hostile.worker import SHARES
 
+pytestmark = pytest.mark.slow
 ROOT: Final = Path(__file__).parents[2]
 EACH: Final = 10
 QUICK: Final = tuple(k for k in SHARES if k not in ("chip", "numbers"))

@@ -11,6 +11,7 @@ import pytest
 from hostile import kills
 from hostile.kills import COMMANDS, Command, Killer
 
+pytestmark = pytest.mark.slow
 PLANTED: Final = ("differs", "refused", "files", "processes")
 
 
