@@ -169,7 +169,7 @@ def test_what_stands_in_the_way_of_an_entry_makes_room(place: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_program_is_built_again(tools: str, chain: Compiled, damage: str) -> None:
+def test_a_damaged_program_is_built_again(place: Path, tools: str, chain: Compiled, damage: str) -> None:
     """The ELF, and an object whose call graph is lost."""
     made = chip.build_device(chain, TARGETS["nrf52840"])
     before = made.path.read_bytes()
