@@ -348,6 +348,12 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
+def webp_header(kind: bytes, content: bytes) -> bytes:
+    """A WebP that claims a size and holds nothing."""
+    chunk = kind + struct.pack("<I", len(content)) + content
+    return b"RIFF" + struct.pack("<I", len(chunk) + 4) + b"WEBP" + chunk + bytes(20)
+
+
 BAD_FILES = {
     "no image": (b"this is no image", "cannot be decoded"),
     "empty": (b"", "cannot be decoded"),
@@ -356,8 +362,28 @@ BAD_FILES = {
     "large": (png_header(8000, 8000), "8000 x 8000 is more than 50000000 pixels"),
     "larger": (png_header(12000, 12000), "more than 50000000 pixels; make it smaller or remove it"),
     "bomb": (png_header(60000, 60000), "more than 50000000 pixels; make it smaller or remove it"),
+    "webp": (
+        webp_header(b"VP8 ", b"\0\0\0\x9d\x01\x2a" + struct.pack("<HH", 10826, 16336)),
+        "10826 x 16336 is more than 50000000 pixels",
+    ),
+    "webp without loss": (
+        webp_header(b"VP8L", b"\x2f" + struct.pack("<I", 9999 | 8888 << 14)),
+        "10000 x 8889 is more than 50000000 pixels",
+    ),
+    "webp of parts": (
+        webp_header(b"VP8X", bytes(4) + (65535).to_bytes(3, "little") + (16383).to_bytes(3, "little")),
+        "65536 x 16384 is more than 50000000 pixels",
+    ),
     "thread": (png_header(1, 2_000_000), "1 x 2000000 would become 10 x 20000000; crop it"),
 }
+
+
+def test_a_thread_to_be_squeezed_is_refused(folder: Path) -> None:
+    """It has few enough pixels, and becomes small; but each of its rows has a pointer."""
+    (folder / "train" / "dog" / "x.png").write_bytes(png_header(1, 65_536))
+    split = load_data(folder, Transform(SHAPE, "squeeze")).train
+    with pytest.raises(UsageError, match=r"x\.png: 1 x 65536 has a side above 65535; crop it"):
+        split.image(len(split.labels) - 1)
 
 
 @pytest.mark.parametrize("case", BAD_FILES)

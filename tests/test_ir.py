@@ -341,7 +341,7 @@ def test_missing_files_and_names_are_refused(saved: Path, tmp_path: Path) -> Non
         load(tmp_path / "g.pkl")
     with pytest.raises(UsageError, match="cannot be read"):
         load(tmp_path / "none.json")
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="no regular file"):
         load(_folder(tmp_path / "folder.json"))
     saved.with_suffix(".safetensors").unlink()
     with pytest.raises(UsageError, match=r"g\.safetensors: cannot be read"):

@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,9 +20,10 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 from test_checkpoint import archive, checkpoint
 
+from trainlet import files
 from trainlet.compiler import Passes, compile_model
 from trainlet.errors import UnsupportedError, UsageError
-from trainlet.frontends import at_size, attach_head, graph_file, limits, load_checkpoint
+from trainlet.frontends import at_size, attach_head, limits, load_checkpoint
 from trainlet.frontends.graph_file import load, save
 from trainlet.frontends.limits import check_limits, names_of_step
 from trainlet.ir.graph import Graph, QParams, Stage, Value
@@ -87,6 +88,11 @@ def _state(document: dict[str, Any], tensors: dict[str, Any]) -> None:
     _value(document, "conv.0.weight")["kind"] = "state"
 
 
+def _label(document: dict[str, Any], tensors: dict[str, Any]) -> None:
+    document["values"].append({**_value(document, "input"), "name": "y", "shape": [1], "dtype": "s32", "q": None})
+    document["interface"]["targets"] = ["y"]
+
+
 SCALE = "its scale lies within 2^-126 .. 2^126"
 REFUSED: dict[str, tuple[Change, str]] = {
     "a scale of 1e300": (_scale("conv.0.y", 1e300), f"value 'conv.0.y': {SCALE}"),
@@ -124,6 +130,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a name that goes on": (_rename("conv.1.y", "x" * 201), ".name: a text of at most 200 characters, not 201"),
     "an exponent slot": (_exponent, "value 'conv.0.y': a model has no gradient"),
     "a state": (_state, "value 'conv.0.weight': a model has no state but its head"),
+    "a label": (_label, "interface: a model has no targets, rate or losses"),
     "many values": (
         lambda d, t: d["values"].extend([d["values"][0]] * limits.MAX_VALUES),
         f"values: there are {limits.MAX_VALUES + 18}, and at most {limits.MAX_VALUES} are read",
@@ -262,30 +269,37 @@ def test_the_name_of_a_checkpoint_can_be_printed(stem: bytes, name: str, tmp_pat
 # --- memory and waiting -----------------------------------------------------------------------------------------
 
 
+class Counted:
+    """A file that notes how many bytes it is asked for at once."""
+
+    asked: ClassVar[list[int]] = []
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("rb")
+
+    def __enter__(self) -> Counted:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+    def fileno(self) -> int:
+        return self.file.fileno()
+
+    def read(self, n: int) -> bytes:
+        self.asked.append(n)
+        return self.file.read(n)
+
+
 def test_reading_asks_for_no_more_than_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of graphs; states, checkpoints and images are read by the same function."""
     save(int8_chain(), tmp_path / "g.json")
-    asked = []
-
-    class File:
-        def __init__(self, path: Path) -> None:
-            self.file = path.open("rb")
-
-        def __enter__(self) -> File:
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            self.file.close()
-
-        def fileno(self) -> int:
-            return self.file.fileno()
-
-        def read(self, n: int) -> bytes:
-            asked.append(n)
-            return self.file.read(n)
-
-    monkeypatch.setattr(graph_file, "_open", File)
+    monkeypatch.setattr(files, "open_regular", Counted)
+    Counted.asked.clear()
     load(tmp_path / "g.json")
-    assert asked == [1 + (tmp_path / f"g.{s}").stat().st_size for s in ("json", "safetensors")]
+    assert Counted.asked == [1 + (tmp_path / f"g.{s}").stat().st_size for s in ("json", "safetensors")]
+    (tmp_path / "x").write_bytes(bytes(100))
+    assert [len(files.read_regular(tmp_path / "x", n)) for n in (10, 99, 100, 1 << 40)] == [11, 100, 100, 100]
 
 
 @pytest.mark.parametrize("which", ["g.json", "g.safetensors"])
@@ -293,7 +307,7 @@ def test_a_pipe_is_no_graph(which: str, tmp_path: Path) -> None:
     save(int8_chain(), tmp_path / "g.json")
     (tmp_path / which).unlink()
     os.mkfifo(tmp_path / which)
-    with pytest.raises(UsageError, match=rf"{which}: cannot be read: it is no file"):
+    with pytest.raises(UsageError, match=rf"{which}: this is no regular file"):
         load(tmp_path / "g.json")
 
 

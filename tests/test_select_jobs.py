@@ -60,6 +60,24 @@ def test_a_store_keeps_what_was_put(tmp_path: Path) -> None:
     assert [f.name for f in tmp_path.iterdir()] == ["jobs.sqlite"]
 
 
+def test_a_store_is_made_without_a_file_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is killed meanwhile leaves nothing that nobody knows."""
+    seen: set[str] = set()
+
+    def look() -> None:
+        seen.update(f.name for f in tmp_path.iterdir())
+
+    def watched(path: Path, **options: Any) -> sqlite3.Connection:
+        db = connect(path, **options)
+        db.set_progress_handler(look, 1)
+        return db
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", watched)
+    JobStore(tmp_path / "jobs.sqlite").close()
+    assert {name for name in seen if name.startswith(".")} == {f".jobs.sqlite.{os.getpid()}.tmp"}
+
+
 def _text(path: Path) -> None:
     path.write_text("results of another program, " * 40)
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What everything that writes files needs: bytes that are on the disk, and folders that one process has to itself."""
+"""What everything that reads and writes files needs: files that are none other than files, bytes that are on the disk,
+and folders that one process has to itself."""
 
 from __future__ import annotations
 
@@ -7,11 +8,32 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
+
+from trainlet.errors import UsageError
 
 _NO_LOCKS: Final = frozenset((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP))
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file for reading. Raises OSError, and UsageError for a folder, FIFO, socket or device, none of which is
+    waited for."""
+    opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(opened).st_mode):
+        return os.fdopen(opened, "rb")
+    os.close(opened)
+    raise UsageError(f"{path}: this is no regular file; give one, or remove it")
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The bytes of a file, of a larger one ``limit`` + 1, in memory that follows from its size. Raises what
+    ``open_regular`` does."""
+    with open_regular(path) as f:
+        size = os.fstat(f.fileno()).st_size  # reading asks for its memory before it looks at the file
+        return f.read(min(size, limit) + 1)
 
 
 def sync(path: Path) -> None:

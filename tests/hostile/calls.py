@@ -356,5 +356,11 @@ def _make(rng: random.Random, place: Place) -> Attack:
 
 KINDS: Final = (
     Kind("calls", functools.partial(_prepare, NATIVE), _make, compiles=True),
-    Kind("calls-sanitized", functools.partial(_prepare, SANITIZED), _make, compiles=True, limits=Limits(60.0, 0)),
+    Kind(
+        "calls-sanitized",
+        functools.partial(_prepare, SANITIZED),
+        _make,
+        compiles=True,
+        limits=Limits(60.0, resident=True),
+    ),
 )

@@ -29,10 +29,12 @@ class RefusedError(PermissionError):
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one case: wall-clock seconds, and bytes that it may take beyond what the process had; 0 is no limit."""
+    """Of one case: wall-clock seconds, and bytes that it may take beyond what the process had. What was only asked for
+    counts too, but where that is much by design: in emulators and sanitizers only what is ``resident``."""
 
     seconds: float = 30.0
     nbytes: int = 1 << 30
+    resident: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Place:
 
     @property
     def work(self) -> Path:
-        return self.root / "up" / "up" / "work"
+        return self.root / "up" / "work"
 
     @property
     def out(self) -> Path:
@@ -57,7 +59,7 @@ class Place:
 
     def make(self) -> None:
         """Makes the folders."""
-        for folder in (self.work, self.tmp, self.root / "home"):
+        for folder in (self.work, self.tmp):
             folder.mkdir(parents=True)
 
     def copy(self, *names: str) -> list[Path]:

@@ -49,16 +49,17 @@ def _say(pipe: int, **found: Any) -> None:
 def _confine(kind: Kind) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
+    os.fsync = lambda handle: None  # nobody pulls the plug here
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 31, 1 << 31))
     warnings.filterwarnings("error", category=RuntimeWarning, module=r"trainlet\.")  # a number that nobody looked at
-    if kind.limits.nbytes:
+    if not kind.limits.resident:
         end = _virtual("VmSize") + ROOM * kind.limits.nbytes
         resource.setrlimit(resource.RLIMIT_AS, (end, end))
 
 
 def _enter(place: Place) -> None:
-    os.environ |= {"TMPDIR": str(place.tmp), "HOME": str(place.root / "home")}
+    os.environ |= {"TMPDIR": str(place.tmp), "HOME": str(place.root)}
     tempfile.tempdir = None
     os.chdir(place.work)
     log = os.open(place.root / LOG, os.O_WRONLY | os.O_CREAT)
@@ -75,8 +76,7 @@ def _case(kind: Kind, seed: int, place: Place, watch: Watch, pipe: int) -> bool:
     before = snapshot(place)
     _say(pipe, ready=seed)
     start = _virtual("VmSize"), _resident()
-    cache = os.environ.get("TRAINLET_CACHE", str(place.root / "home"))
-    watch.start(place.out, place.tmp, Path(cache))
+    watch.start(place.out, place.tmp, Path(os.environ.get("TRAINLET_CACHE") or place.tmp))
     found: dict[str, Any] = {}
     try:
         found["outcome"] = attack()
@@ -111,8 +111,9 @@ def _seen(kind: Kind, place: Place, watch: Watch, before: dict[str, str], start:
     if programs:
         found["programs"] = "; ".join(programs[:5])
     usage = [resource.getrusage(w).ru_maxrss << 10 for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    found["nbytes"] = max(_virtual("VmPeak") - start[0], usage[0] - start[1], usage[1] - start[1])
-    if found["nbytes"] > kind.limits.nbytes > 0:
+    asked = 0 if kind.limits.resident else _virtual("VmPeak") - start[0]
+    found["nbytes"] = max(asked, usage[0] - start[1], usage[1] - start[1])
+    if found["nbytes"] > kind.limits.nbytes:
         found["memory"] = f"more than {kind.limits.nbytes} bytes beyond what there was before"
     return found
 

@@ -217,7 +217,7 @@ def _make_jobs(rng: random.Random, place: Place) -> Attack:
                     key = job_key(spec)
                     if key in store:
                         assert isinstance(store.result(key), dict), "the result of a job is an object"
-                        assert store.seconds(key) >= 0
+                        assert isinstance(store.seconds(key), float)
                 store.put(_SPECS[11], _result(11), 0.5)
                 assert store.result(job_key(_SPECS[11])) == _result(11)
         except TrainletError as e:

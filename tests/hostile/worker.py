@@ -30,7 +30,7 @@ SHARES: Final = {
 
 WARM: Final = (
     "PIL.Image", "PIL.ImageOps", "numpy", "safetensors.numpy", "sqlite3", "trainlet.cli", "trainlet.cli.prepare",
-    "trainlet.toolchain.package", "trainlet.select.jobs", "trainlet.session.host", "trainlet.train.loop",
+    "trainlet.toolchain.package", "trainlet.select.store", "trainlet.session.host", "trainlet.train.loop",
     "rich.console", "rich.table", "rich.progress", "rich._emoji_codes", "trainlet.ir.text",
 )  # fmt: skip
 """Imported before the first case, so that no child has to."""

@@ -10,14 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError
@@ -25,6 +24,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from trainlet.errors import UnsupportedError, UsageError
+from trainlet.files import read_regular
 from trainlet.frontends.limits import MAX_NAME, MAX_NODES, MAX_VALUES, check_count, check_limits
 from trainlet.ir import DTYPES, Array, Attrs, DepthFirst, Graph, Interface, Kind, Node, Operands, QParams, Stage, Value
 from trainlet.ops import OPS
@@ -107,17 +107,9 @@ def _tensor_path(path: Path) -> Path:
     return path.with_suffix(".safetensors")
 
 
-def _open(path: Path) -> BinaryIO:
-    return path.open("rb")
-
-
 def _read(path: Path, limit: int) -> bytes:
     try:
-        if path.exists() and not path.is_file():  # to open a pipe would wait for whoever writes it
-            raise UsageError(f"{path}: cannot be read: it is no file")
-        with _open(path) as f:
-            size = os.fstat(f.fileno()).st_size  # reading asks for its memory before it looks at the file
-            raw = f.read(min(size, limit) + 1)
+        raw = read_regular(path, limit)
     except OSError as e:
         raise UsageError(f"{path}: cannot be read: {e.strerror}") from None
     if len(raw) > limit:

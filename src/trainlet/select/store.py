@@ -43,7 +43,12 @@ _TABLE: Final = (
     "CREATE TABLE jobs (key TEXT PRIMARY KEY, spec TEXT NOT NULL, result TEXT NOT NULL, seconds REAL NOT NULL,"
     " checksum TEXT NOT NULL)"
 )
-_SCHEMA: Final = (f"PRAGMA application_id = {APPLICATION_ID}", f"PRAGMA user_version = {VERSION}", _TABLE)
+_SCHEMA: Final = (
+    "PRAGMA journal_mode = MEMORY",  # in a file beside the temporary one it would be left by whoever is killed here
+    f"PRAGMA application_id = {APPLICATION_ID}",
+    f"PRAGMA user_version = {VERSION}",
+    _TABLE,
+)
 
 
 def canonical(content: Mapping[str, Any]) -> str:

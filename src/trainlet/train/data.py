@@ -37,6 +37,7 @@ RESIZE: Final = ("crop", "squeeze")
 AUGMENT: Final = ("crop", "flip")
 CROP_SHARE: Final = 0.875  # a crop keeps this share of the shorter side
 MAX_PIXELS: Final = 50_000_000  # of an image file
+MAX_SIDE: Final = 65_535  # of an image file: a row costs Pillow more than its pixels
 MAX_RESIZED: Final = 1 << 22  # pixels of an image brought to size: a file far longer than wide is refused
 CACHE_BYTES: Final = 4 << 30
 MAX_CLASSES: Final = 65535
@@ -291,6 +292,9 @@ def decode(path: Path, content: bytes, transform: Transform) -> Pixels:
     """Decodes the ``content`` of an image file, turned upright as its EXIF says, in 1 or 3 channels and resized as
     ``transform`` says, but not cut. Raises UsageError naming the file where it is damaged or absurdly large."""
     pil = _pillow()
+    claimed = _webp_size(content)
+    if claimed is not None:
+        _check_size(path, *claimed, transform)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pil.Image.DecompressionBombWarning)
@@ -311,12 +315,29 @@ def decode(path: Path, content: bytes, transform: Transform) -> Pixels:
     return pixels.reshape(pixels.shape[0], pixels.shape[1], transform.shape[2])
 
 
+def _webp_size(content: bytes) -> tuple[int, int] | None:
+    """Width and height that the header of a WebP file claims; None for other files. Pillow takes the memory for all
+    pixels before it says how many there are."""
+    if content[:4] != b"RIFF" or content[8:12] != b"WEBP" or len(content) < 30:
+        return None
+    if content[12:16] == b"VP8X":
+        return 1 + int.from_bytes(content[24:27], "little"), 1 + int.from_bytes(content[27:30], "little")
+    if content[12:16] == b"VP8L":
+        bits = int.from_bytes(content[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return int.from_bytes(content[26:28], "little") & 0x3FFF, int.from_bytes(content[28:30], "little") & 0x3FFF
+
+
 def _check_size(path: Path, width: int, height: int, transform: Transform) -> None:
     if width * height > MAX_PIXELS:
         raise UsageError(f"{path}: {width} x {height} is more than {MAX_PIXELS} pixels; make it smaller or remove it")
     rw, rh = transform.resized(width, height)
     if rw * rh > MAX_RESIZED:
         raise UsageError(f"{path}: {width} x {height} would become {rw} x {rh}; crop it to a usual shape or remove it")
+    if max(width, height) > MAX_SIDE:
+        raise UsageError(
+            f"{path}: {width} x {height} has a side above {MAX_SIDE}; crop it to a usual shape or remove it"
+        )
 
 
 def _convert(picture: PilImage.Image, mode: str, pil: Any) -> PilImage.Image:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Final
 
 from trainlet.errors import UsageError
+from trainlet.files import open_regular, read_regular
 from trainlet.toolchain.cache import cache_dir
-from trainlet.train.folder import open_regular, write_atomic
+from trainlet.train.folder import write_atomic
 
 MAX_FILE: Final = 512 << 20  # bytes; an image of 50 million pixels has less in every format
 CACHED_FROM: Final = 32 << 20  # bytes of a folder: what is smaller is read as fast as the cache
@@ -31,8 +32,7 @@ def read_file(path: Path) -> bytes:
     """The content of an image file. UsageError where it cannot be read, is no regular file or larger than
     ``MAX_FILE``."""
     try:
-        with open_regular(path) as f:
-            content = f.read(MAX_FILE + 1)
+        content = read_regular(path, MAX_FILE)
     except OSError as e:
         raise UsageError(f"{path}: cannot be read ({e.strerror}); mend or remove this file") from None
     if len(content) > MAX_FILE:

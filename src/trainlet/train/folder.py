@@ -9,25 +9,15 @@ import fcntl
 import os
 import platform
 import re
-import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 from trainlet.errors import UsageError
+from trainlet.files import open_regular as open_regular
 
 LOCK_FILE: Final = ".lock"
 _TEMPORARY: Final = re.compile(r"\..+\.([1-9][0-9]{0,9})\.tmp")  # of write_atomic, with the process that writes it
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Opens a file for reading. Raises OSError, and UsageError for a folder, FIFO, socket or device, none of which is
-    waited for."""
-    opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if stat.S_ISREG(os.fstat(opened).st_mode):
-        return os.fdopen(opened, "rb")
-    os.close(opened)
-    raise UsageError(f"{path}: this is no regular file; give one, or remove it")
 
 
 def write_atomic(path: Path, content: bytes) -> None:

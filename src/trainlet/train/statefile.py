@@ -19,12 +19,12 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from trainlet.errors import UsageError
-from trainlet.train.folder import open_regular
+from trainlet.files import read_regular
 from trainlet.train.folder import write_atomic as write_atomic
 
 FORMAT: Final = "trainlet.state"
 VERSION: Final = 1
-MAX_BYTES: Final = 1 << 30
+MAX_BYTES: Final = 256 << 20
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -113,12 +113,11 @@ def _checksum(document: Mapping[str, Any], arrays: Arrays) -> str:
 
 def _read(path: Path) -> bytes:
     try:
-        with open_regular(path) as f:
-            raw = f.read(MAX_BYTES + 1)
+        raw = read_regular(path, MAX_BYTES)
     except OSError as e:
         raise UsageError(f"{path}: cannot be read ({e.strerror}); {_AGAIN}") from None
     if len(raw) > MAX_BYTES:
-        raise UsageError(f"{path}: more than {MAX_BYTES >> 30} GiB, which no state has; {_AGAIN}")
+        raise UsageError(f"{path}: more than {MAX_BYTES >> 20} MiB, which no state has; {_AGAIN}")
     return raw
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import io
-import os
 import struct
 import zipfile
 import zlib
@@ -14,6 +13,7 @@ from typing import Final
 import numpy as np
 
 from trainlet.errors import UnsupportedError, UsageError
+from trainlet.files import read_regular
 from trainlet.frontends.limits import check_limits, printable
 from trainlet.frontends.published.records import Block, Conv, Model, Residual, need, read_model
 from trainlet.frontends.published.unpickle import PickleError, loads
@@ -37,9 +37,7 @@ _ZIP_ERRORS: Final = (
 def _pickle_of(path: Path) -> bytes:
     """The bytes of the archive's one ``*/data.pkl``."""
     try:
-        with path.open("rb") as f:
-            size = os.fstat(f.fileno()).st_size  # reading asks for its memory before it looks at the file
-            data = f.read(min(size, MAX_FILE + 1))
+        data = read_regular(path, MAX_FILE)
     except OSError as e:
         raise UsageError(f"{path}: cannot be read ({e.strerror}); give the path of a checkpoint") from None
     need(len(data) <= MAX_FILE, str(path), f"the file has more than {MAX_FILE >> 20} MiB; a checkpoint is smaller")
