@@ -6,6 +6,7 @@ Buffers passed to kernels come from ``block``: malloc of exactly their size, so 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import shutil
@@ -129,16 +130,41 @@ def write_sources(folder: Path, changes: Changes) -> list[str]:
     return [str(folder / n) for n in (*FILES, "probe.c")]
 
 
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@cache
+def _objects(build: str) -> dict[str, Path]:
+    """The unchanged kernels, compiled once a build; a fault then costs one file."""
+    folder = Path(mkdtemp(prefix="trainlet-kernels-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return {Path(source).name: _compiled(source, build, WARNINGS) for source in write_sources(folder, {})}
+
+
+def _compiled(source: str, build: str, warnings: tuple[str, ...]) -> Path:
+    made = Path(source).with_suffix(".o")
+    _run([*find_compiler(), *FLAGS, *warnings, *BUILDS[build], "-c", source, "-o", str(made)])
+    return made
+
+
+def _touched(source: str, changes: Changes) -> bool:
+    """Whether a change reaches ``source``: it is changed, the probe of a changed file, or any header is."""
+    name = Path(source).name
+    return name in changes or (name == "probe.c" and "head.c" in changes) or any(n.endswith(".h") for n in changes)
+
+
 @cache
 def _library(build: str, changes: tuple[tuple[str, tuple[str, str]], ...]) -> ctypes.CDLL:
     folder = Path(mkdtemp(prefix="trainlet-kernels-"))
     try:
-        sources = write_sources(folder, dict(changes))
+        objects = dict(_objects(build))
+        for source in write_sources(folder, dict(changes)):
+            if _touched(source, dict(changes)):  # a fault may leave a variable unused: no warnings
+                objects[Path(source).name] = _compiled(source, build, ())
         made = folder / "kernels.so"
-        warnings = () if changes else WARNINGS  # a fault may leave a variable unused
-        command = [*find_compiler(), *FLAGS, *warnings, *BUILDS[build], "-shared", *sources, "-o", str(made)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        _run([*find_compiler(), *BUILDS[build], "-shared", *map(str, objects.values()), "-o", str(made)])
         lib = ctypes.CDLL(str(made))
     finally:
         shutil.rmtree(folder)
