@@ -3,13 +3,14 @@
 after it has trained, for the published checkpoints and schemes, with the image delivered by rows and kept in the arena.
 With --sizes also how it grows with the image.
 
-    TRAINLET_ASSETS=... python bench/memory.py [--sizes] [--out bench/results/memory.json]
+    TRAINLET_ASSETS=... python bench/memory.py [--sizes] [--out bench/results/memory.json] [--compare OLD.json]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,26 @@ def show(r: dict[str, Any]) -> str:
     )
 
 
+PROGRAM = ("model", "scheme", "bits", "input", "pixels", "target")
+COMPARED = ("ram_bytes", "arena_bytes", "state_bytes", "ram_stack_bytes", "flash_bytes", "instructions_per_step")
+
+
+def differences(rows: list[dict[str, Any]], old: list[dict[str, Any]]) -> list[str]:
+    """A line for each figure that is another than in ``old``, and for each program that only one of them has."""
+    now, then = ({tuple(r[k] for k in PROGRAM): r for r in some} for some in (rows, old))
+    lone = [f"{' '.join(map(str, k))}: only in {'this run' if k in now else 'the other'}" for k in now.keys() ^ then]
+    pairs = ((" ".join(map(str, k)), f, then[k][f], now[k][f]) for k in now.keys() & then for f in COMPARED)
+    return lone + [f"{program}: {figure} {a} -> {b} ({b - a:+})" for program, figure, a, b in pairs if a != b]
+
+
 def main() -> None:
     """Measures, prints a line for each program, and writes the JSON."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--sizes", action="store_true", help="the scheme 49kb at 96 to 224 pixels, instead of all at 128")
     p.add_argument("--out", type=Path, help="default: results/memory.json, with --sizes results/memory_sizes.json")
+    p.add_argument("--compare", type=Path, help="an earlier result: prints what differs, exit code 1 if RAM or work do")
     args = p.parse_args()
+    old = json.loads(args.compare.read_text())["rows"] if args.compare else None
     name = "memory_sizes.json" if args.sizes else "memory.json"
     out = args.out or Path(__file__).parent / "results" / name
     rows = []
@@ -84,6 +99,10 @@ def main() -> None:
                 continue
             print(show(rows[-1]), flush=True)
     out.write_text(json.dumps({"machine": describe_machine(), "classes": CLASSES, "rows": rows}, indent=2) + "\n")
+    if old is not None:
+        found = sorted(differences(rows, old))
+        print("\n".join(found) or "every figure is the same")
+        sys.exit(any("flash_bytes" not in line for line in found))
 
 
 if __name__ == "__main__":

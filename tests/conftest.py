@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,6 +22,23 @@ ASSETS = os.environ.get("TRAINLET_ASSETS", "")
 # The same examples in every run, so that a run without a change gives what the last one gave; machines differ in speed.
 settings.register_profile("trainlet", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("trainlet")
+
+
+OBJECTS = pytest.StashKey[TemporaryDirectory[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers and sanitized processes share a folder of compiled kernels (kernel_library.py); its maker removes it."""
+    if "TRAINLET_TEST_OBJECTS" not in os.environ:
+        config.stash[OBJECTS] = TemporaryDirectory(prefix="trainlet-kernels-")
+        os.environ["TRAINLET_TEST_OBJECTS"] = config.stash[OBJECTS].name
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """See pytest_configure."""
+    if OBJECTS in config.stash:
+        config.stash[OBJECTS].cleanup()
+        del os.environ["TRAINLET_TEST_OBJECTS"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

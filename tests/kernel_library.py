@@ -6,8 +6,8 @@ Buffers passed to kernels come from ``block``: malloc of exactly their size, so 
 
 from __future__ import annotations
 
-import atexit
 import ctypes
+import fcntl
 import os
 import shutil
 import subprocess
@@ -44,6 +44,9 @@ BUILDS = {
 }
 SANITIZED = os.environ.get("TRAINLET_TEST_SANITIZED") == "1"
 RUNNABLE = ["sanitized", "sanitized vectors"] if SANITIZED else ["native", "plain"]
+
+OBJECTS = "TRAINLET_TEST_OBJECTS"
+"""Environment variable: the folder of the compiled kernels, which all processes of a test run share (conftest.py)."""
 
 Changes = Mapping[str, tuple[str, str]]
 
@@ -137,10 +140,17 @@ def _run(command: list[str]) -> None:
 
 @cache
 def _objects(build: str) -> dict[str, Path]:
-    """The unchanged kernels, compiled once a build; a fault then costs one file."""
-    folder = Path(mkdtemp(prefix="trainlet-kernels-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return {Path(source).name: _compiled(source, build, WARNINGS) for source in write_sources(folder, {})}
+    """The unchanged kernels, compiled once a build by whichever process of a test run needs them first; a fault then
+    costs one file."""
+    folder = Path(os.environ[OBJECTS]) / build.replace(" ", "-")
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            for source in write_sources(folder, {}):
+                _compiled(source, build, WARNINGS)
+            (folder / "done").touch()
+    return {name: (folder / name).with_suffix(".o") for name in (*FILES, "probe.c")}
 
 
 def _compiled(source: str, build: str, warnings: tuple[str, ...]) -> Path:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import random
 import re
 import subprocess
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from test_exact import difference
 from trainlet.autodiff.scheme import UpdateScheme
 from trainlet.compiler import Compiled, compile_model
 from trainlet.emit import c_float, c_name, emit, graph_hash
+from trainlet.emit.code import wrapped
 from trainlet.errors import UnsupportedError
 from trainlet.frontends import attach_head
 from trainlet.ir import Operands
@@ -55,6 +58,14 @@ def _cc(*args: str | Path) -> None:
 @pytest.mark.parametrize("suffix", [".c", ".h"])
 def test_golden_text(suffix: str, golden: Callable[[str, str], None]) -> None:
     golden(f"int8_chain{suffix}", chain().sources.files[f"int8_chain{suffix}"])
+
+
+def test_tables_break_as_textwrap_does() -> None:
+    for seed in range(300):
+        rng = random.Random(seed)
+        most = rng.choice((9, 127, 10**9))
+        text = ", ".join(str(rng.randint(-most, most)) for _ in range(rng.randint(1, 300)))
+        assert wrapped(text) == textwrap.fill(text, 118, initial_indent="    ", subsequent_indent="    ")
 
 
 def test_the_same_input_gives_the_same_bytes() -> None:

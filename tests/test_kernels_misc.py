@@ -167,12 +167,11 @@ def _sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(SANITIZED, reason="this is the sanitized run")
-def test_under_sanitizers() -> None:
-    """All of these tests and those of the convolution kernels, but the planted faults, in sanitized builds."""
-    files = [str(Path(__file__).parent / f"test_kernels_{n}.py") for n in ("misc", "depthwise", "conv2d", "math")]
-    done = _sanitized(
-        "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not caught and not sanitizer", *files
-    )
+@pytest.mark.parametrize("kernels", ["misc", "depthwise", "conv2d", "math"])
+def test_under_sanitizers(kernels: str) -> None:
+    """All tests of kernels, but the planted faults, in sanitized builds."""
+    file = str(Path(__file__).parent / f"test_kernels_{kernels}.py")
+    done = _sanitized("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not caught and not sanitizer", file)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 

@@ -39,6 +39,17 @@ def broken(text: str, first: str, rest: str) -> list[str]:
     return [*lines, line.rstrip()]
 
 
+def wrapped(text: str, indent: str = "    ", width: int = WIDTH + 2) -> str:
+    """Words in lines of at most ``width`` characters, as ``textwrap.fill`` breaks them, which takes as long for the
+    weights of a model as the rest of the compiler."""
+    lines, begin, room = [], 0, width - len(indent)
+    while len(text) - begin > room:
+        end = text.rfind(" ", begin, begin + room + 1)
+        lines.append(text[begin:end])
+        begin = end + 1
+    return "\n".join(indent + line for line in (*lines, text[begin:]))
+
+
 def _pieces(text: str, room: int, depth: int = 1) -> Iterator[str]:
     """``text`` cut behind the commas at a depth of brackets, and deeper where a piece is longer than ``room``."""
     for piece in _cut(text, depth):

@@ -4,14 +4,13 @@ tables that are asked for."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 
-from trainlet.emit.code import c_name
+from trainlet.emit.code import c_name, wrapped
 from trainlet.ir import DTYPES, Array, Graph, Kind, Node, Value
 from trainlet.ops.depth_first import counter_bytes
 from trainlet.ops.numerics import F32
@@ -63,7 +62,7 @@ class Emitter:
             ctype = _NUMPY_CTYPE[array.dtype.newbyteorder("=")]
             flat = array.reshape(-1).tolist()
             items = [c_float(v) for v in flat] if ctype == "float" else map(str, flat)
-            body = textwrap.fill(", ".join(items), 118, initial_indent="    ", subsequent_indent="    ")
+            body = wrapped(", ".join(items))
             self.tables[symbol] = f"static const {ctype} {symbol}[{array.size}] = {{\n{body}\n}};\n"
             self.purposes[symbol] = purpose
         return symbol

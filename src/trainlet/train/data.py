@@ -329,6 +329,8 @@ def _webp_size(content: bytes) -> tuple[int, int] | None:
 
 
 def _check_size(path: Path, width: int, height: int, transform: Transform) -> None:
+    if not width * height:
+        raise UsageError(f"{path}: {width} x {height} has no pixel; mend or remove this image")
     if width * height > MAX_PIXELS:
         raise UsageError(f"{path}: {width} x {height} is more than {MAX_PIXELS} pixels; make it smaller or remove it")
     rw, rh = transform.resized(width, height)
