@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import product
 
 from graphs import int8_chain
@@ -15,9 +15,14 @@ from random_nets import NAMED, Net
 from trainlet.autodiff.scheme import trainable_layers
 from trainlet.frontends import attach_head
 from trainlet.ir.graph import Graph
-from trainlet.select.cuts import Progress, SearchLimit, depths, make_choice, options
+from trainlet.select.cuts import Progress, SearchLimit, Selector, depths, make_choice, options
+from trainlet.select.evolution import Settings, evolution
 from trainlet.select.freeze import Tell, freeze
 from trainlet.select.problem import RATIOS, Choice, Contributions, Selection, Trained
+
+FEW = Settings(population=24, generations=20, parents=8)
+few_evolution: Selector = partial(evolution, settings=FEW)
+"""Evolution, as long as models of a few layers need."""
 
 # expanded channels, depthwise kernel, stride, channels out; the first block has no expansion
 _BLOCKS = (

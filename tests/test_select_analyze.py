@@ -15,6 +15,7 @@ import pytest
 from graphs import int8_chain
 from hypothesis import given
 from hypothesis import strategies as st
+from select_cases import few_evolution
 from separable import write_separable
 
 from trainlet.autodiff.scheme import UpdateScheme, trainable_layers
@@ -26,7 +27,6 @@ from trainlet.select.baselines import BASELINES
 from trainlet.select.cheap import LR, agreement, cheap_contributions, gradient_job, spearman
 from trainlet.select.choose import choose, compare, find_selector, long_rivals, short_rivals
 from trainlet.select.cuts import Selector
-from trainlet.select.evolution import evolution
 from trainlet.select.exact import exact
 from trainlet.select.jobs import Clock
 from trainlet.select.limits import PlannedLimit
@@ -282,7 +282,7 @@ class InTheWay(Known):
 
 
 @pytest.mark.parametrize(("kind", "depth", "weights"), [(Known, 3, {STEM, PROJECT}), (InTheWay, 2, {PROJECT})])
-@pytest.mark.parametrize("selector", [exact, evolution])
+@pytest.mark.parametrize("selector", [exact, few_evolution], ids=["exact", "evolution"])
 def test_training_decides_between_the_best_sums(
     study: Study, kind: type[Known], depth: int, weights: set[str], selector: Selector
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_nets import NAMED
-from select_cases import drawn, every_choice, freezing, mcunet, on_curve, small
+from select_cases import FEW, drawn, every_choice, few_evolution, freezing, mcunet, on_curve, small
 
 from trainlet.autodiff.scheme import resolve, trainable_layers
 from trainlet.errors import MismatchError, OverBudgetError, UsageError
@@ -28,11 +28,10 @@ from trainlet.select.problem import RATIOS, Choice, Contributions, Frozen, Selec
 
 KIB = 1024
 DEPTHWISE, PROJECT = "block.depthwise", "block.project"
-FEW = Settings(population=24, generations=20, parents=8)
 _GAINS = st.lists(st.integers(-8, 20).map(lambda g: g / 16), min_size=7, max_size=23)
 _SELECTORS: dict[str, Selector] = {
     **METHODS,
-    "evolution": partial(evolution, settings=FEW),
+    "evolution": few_evolution,
     "freeze": partial(freezing, max_drop=None),
     "freeze on": partial(freezing, max_drop=0.99),
 }
@@ -111,7 +110,7 @@ def test_evolution_under_the_plan() -> None:
     """A plan that is above the cuts' promise is dropped, and the next ones keep a distance."""
     c = drawn(small("chain"), [0.5, 0.25, 1.0, 0.7, 0.1])
     limit = PlannedLimit(small("chain"), None, 1050)
-    assert evolution(c, limit, settings=FEW).choice.value >= 0.9 * exact(c, limit).choice.value
+    assert few_evolution(c, limit).choice.value >= 0.9 * exact(c, limit).choice.value
 
 
 # --- freezing ---------------------------------------------------------------------------------------------------
@@ -335,7 +334,7 @@ def test_fewer_channels_with_more_bits_may_win() -> None:
     assert found.evaluations == sum(s.evaluations for s in each)
     assert found.bound == max(s.bound or 0 for s in each)
     assert best_over_bits(exact, [wide, eight], limit).choice == found.choice
-    assert best_over_bits(partial(evolution, settings=FEW), [eight, wide], limit).bound is None
+    assert best_over_bits(few_evolution, [eight, wide], limit).bound is None
     assert best_over_bits(exact, [eight], limit) == each[0]
 
 

@@ -7,12 +7,11 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from select_cases import drawn, freezing, small
+from select_cases import drawn, few_evolution, freezing, small
 
 from trainlet.autodiff.scheme import trainable_layers
 from trainlet.errors import OverBudgetError, UsageError
 from trainlet.select.cuts import Selector
-from trainlet.select.evolution import evolution
 from trainlet.select.exact import exact
 from trainlet.select.limits import PlannedLimit
 from trainlet.select.methods import METHODS, best_over_bits
@@ -23,7 +22,7 @@ from trainlet.toolchain.targets import TARGETS, parse_count
 M7 = TARGETS["stm32f746"]
 ROOM = 320 * 1024
 CASES = ("chain", "add_with_activation")
-SELECTORS: dict[str, Selector] = {**METHODS, "freeze": partial(freezing, max_drop=None)}
+SELECTORS: dict[str, Selector] = {**METHODS, "evolution": few_evolution, "freeze": partial(freezing, max_drop=None)}
 
 pytestmark = pytest.mark.usefixtures("tools")
 
@@ -57,7 +56,7 @@ def test_estimates_are_near_what_runs(case: tuple[PlannedLimit, Contributions]) 
     assert work.biases(0) < work.biases(limit.deepest) < work.estimate(choices[-1])
 
 
-@pytest.mark.parametrize("selector", [exact, evolution])
+@pytest.mark.parametrize("selector", [exact, few_evolution], ids=["exact", "evolution"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.8])
 def test_what_is_chosen_executes_no_more(
     case: tuple[PlannedLimit, Contributions], selector: Selector, share: float

@@ -21,7 +21,6 @@ from trainlet.errors import MismatchError, OverBudgetError, UsageError
 from trainlet.select.analyze import Analysis, Effort, Runner, analyze
 from trainlet.select.baselines import bias_choice, last_choice, may_fit, published_choices
 from trainlet.select.cuts import SearchLimit, Selector, Step
-from trainlet.select.evolution import evolution
 from trainlet.select.exact import exact
 from trainlet.select.freeze import SHORTLIST, freeze
 from trainlet.select.methods import FREEZE, best_over_bits, find_method
@@ -143,7 +142,7 @@ def pick(
     every = [a.contributions for a in analyses]
     runner.progress.line(f"selecting under {limit.most} bytes")
     selection = best_over_bits(selector, every, limit, seed=seed, progress=steps.append)
-    if selector is evolution:  # which cannot tell how far it is from the best
+    if selection.method == "evolution":  # which cannot tell how far it is from the best
         selection = replace(selection, bound=best_over_bits(exact, every, limit).bound)
     chosen = Chosen(analyses, selection, tuple(steps), selection)
     count = effort.finalists if finalists is None else finalists

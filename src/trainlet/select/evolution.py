@@ -140,12 +140,13 @@ class _Population:
         return _Genome(min(max(genome.depth + step, 0), len(self.depths) - 1), genes)
 
     def grown(self, parents: Sequence[_Genome]) -> list[_Genome]:
-        """The next generation; ``parents`` come first."""
+        """The next generation; ``parents`` come first. It stays small where a whole population in a row brings nothing
+        new: then there are few choices in all."""
         found = dict.fromkeys(parents)
-        for _ in range(8 * self.settings.population):
-            if len(found) >= self.settings.population:
-                break
+        idle = 0
+        while len(found) < self.settings.population and idle < self.settings.population:
             genome = self.repaired(self.child(parents) if parents else self.random())
+            idle = idle + 1 if genome is None or genome in found else 0
             if genome is not None:
                 found[genome] = None
         return list(found)
